@@ -1,0 +1,34 @@
+"""Activations: the gated SiLU of the decoders and the three GELUs of the vision towers and projectors."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+GELU_KINDS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
+
+
+def silu_mul_reference(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up` where `gate_up` (..., 2 * inner) holds the gate in its first half."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def gelu_reference(x: Tensor, kind: str) -> Tensor:
+    """GELU: exact ("gelu"), by tanh ("gelu_pytorch_tanh"), or `x * sigmoid(1.702 x)` ("quick_gelu", CLIP's)."""
+    if kind == "gelu":
+        return functional.gelu(x)
+    if kind == "gelu_pytorch_tanh":
+        return functional.gelu(x, approximate="tanh")
+    if kind == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    raise ValueError(f"unknown gelu {kind!r}: expected one of {', '.join(GELU_KINDS)}")
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up`: (..., 2 * inner) to (..., inner)."""
+    return silu_mul_reference(gate_up)
+
+
+def gelu(x: Tensor, kind: str) -> Tensor:
+    """GELU of `kind` (one of `GELU_KINDS`), element by element."""
+    return gelu_reference(x, kind)

@@ -1,0 +1,95 @@
+"""Attention over a paged KV cache.
+
+A cache is (num_blocks, kv_heads, block_size, head_dim), float32 or bfloat16; slot `b * block_size + i` is row i of
+block b. A row of the output depends only on its own query and its own context: never on the batch, on how a prompt
+was cut into chunks, or on the number of threads.
+"""
+
+import torch
+from torch import Tensor
+
+from vila2.ops.rope import apply_rope_reference
+
+
+def rope_store_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """Rotate q (T, H, D) and k (T, KVH, D) to `positions` (T,), write k and v at `slots` (T,); returns the rotated q."""
+    blocks = slots // k_cache.shape[2]
+    offsets = slots % k_cache.shape[2]
+    k_cache[blocks, :, offsets] = apply_rope_reference(k, positions, cos, sin).to(k_cache.dtype)
+    v_cache[blocks, :, offsets] = v.to(v_cache.dtype)
+    return apply_rope_reference(q, positions, cos, sin)
+
+
+def paged_attention_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    """Causal attention in float32: q (T, H, D) to (T, H * D).
+
+    Sequence s owns the query rows `query_starts[s]:query_starts[s + 1]`: the last rows of a context of
+    `context_lens[s]` tokens that lie in the blocks `block_tables[s]`. Query head h reads KV head h // (H / KVH).
+    """
+    tokens, heads, dim = q.shape
+    kv_heads, block_size = k_cache.shape[1:3]
+    out = torch.empty(tokens, heads * dim, dtype=q.dtype, device=q.device)
+    starts, lengths = query_starts.tolist(), context_lens.tolist()
+    for s, length in enumerate(lengths):
+        rows = slice(starts[s], starts[s + 1])
+        count = rows.stop - rows.start
+        if count == 0:
+            continue
+        blocks = block_tables[s, : (length + block_size - 1) // block_size].long()
+        keys, values = (
+            cache[blocks].transpose(1, 2).reshape(-1, kv_heads, dim)[:length].float()
+            for cache in (k_cache, v_cache)
+        )  # (length, KVH, D)
+        queries = q[rows].float().view(count, kv_heads, heads // kv_heads, dim)
+        scores = torch.einsum("tgrd,lgd->grtl", queries, keys) * scale
+        last = torch.arange(length - count, length, device=q.device)
+        scores.masked_fill_(torch.arange(length, device=q.device) > last[:, None], -torch.inf)
+        attended = torch.einsum("grtl,lgd->tgrd", scores.softmax(-1), values)
+        out[rows] = attended.reshape(count, heads * dim).to(q.dtype)
+    return out
+
+
+def rope_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """Rotate q and k, store k and v; returns the rotated q (T, H, D). q, k, v may be slices of one qkv tensor."""
+    return rope_store_reference(q, k, v, positions, slots, cos, sin, k_cache, v_cache)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    """Causal attention of chunks and single tokens alike; shapes as in `paged_attention_reference`."""
+    return paged_attention_reference(q, k_cache, v_cache, block_tables, query_starts, context_lens, scale)
