@@ -1,0 +1,237 @@
+"""The engine: requests in, finished token lists out, one `step` at a time.
+
+A step encodes images ahead of the language model when it runs short of them, lets the scheduler choose, runs
+the model, samples, and ends what has ended. Stop strings need text, so the caller gives `decode`.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence as Seq
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vila2.engine.blocks import BlockPool
+from vila2.engine.repetition import find_loop, new_runs, update_runs
+from vila2.engine.runner import ModelRunner
+from vila2.engine.sampler import sample_tokens
+from vila2.engine.scheduler import Scheduler, Step
+from vila2.engine.sequence import EngineRequest, Finished, Sequence, start_sequence
+from vila2.model.vlm import VisionLanguageModel
+from vila2.types import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Sizes that decide speed and memory, never the captions."""
+
+    max_num_seqs: int = 32
+    max_batch_tokens: int = 512
+    vision_batch: int = 8  # tiles encoded together
+    num_kv_tokens: int = 32 * 1024
+    block_size: int = 16
+    max_kept_images: int = 64  # encoded images kept for siblings that have not come yet
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the engine has done: for the run summary and the benchmarks."""
+
+    steps: int = 0
+    prompt_tokens: int = 0  # of admitted requests, shared ones included
+    computed_tokens: int = 0  # rows that really went through the language model
+    new_tokens: int = 0
+    images_encoded: int = 0
+    images_shared: int = 0  # requests whose image was encoded for another one
+    loops_cut: int = 0
+    vision_s: float = 0.0
+    language_s: float = 0.0
+    sample_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Encoded:
+    """The visual tokens of a request's images, kept while requests with their key are under way or expected."""
+
+    embeddings: list[Tensor] | None = None
+    num_live: int = 0
+    num_seen: int = 0
+    num_siblings: int = 1
+
+
+@dataclass(slots=True)
+class Engine:
+    """One model, one cache, one scheduler. Not thread-safe: one thread adds and steps."""
+
+    model: VisionLanguageModel
+    limits: EngineLimits
+    eos_ids: frozenset[int]
+    decode: Callable[[Seq[int]], str]
+    kv_dtype: torch.dtype = torch.float32
+    counters: Counters = field(default_factory=Counters)
+    scheduler: Scheduler = field(init=False)
+    runner: ModelRunner = field(init=False)
+    _encoded: OrderedDict[Hashable, _Encoded] = field(default_factory=OrderedDict)
+
+    def __post_init__(self) -> None:
+        limits = self.limits
+        num_blocks = max(1, limits.num_kv_tokens // limits.block_size)
+        pool = BlockPool(num_blocks, limits.block_size)
+        self.scheduler = Scheduler(pool, limits.max_num_seqs, limits.max_batch_tokens)
+        self.runner = ModelRunner(self.model, num_blocks, limits.block_size, self.kv_dtype)
+
+    @property
+    def num_unfinished(self) -> int:
+        return self.scheduler.num_unfinished
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler.waiting)
+
+    def max_total_tokens(self) -> int:
+        """Prompt and new tokens that one request may have in all."""
+        pool = self.scheduler.pool
+        return min(self.model.config.decoder.max_positions, pool.num_blocks * pool.block_size)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. ValueError if its prompt leaves no room for one new token."""
+        if len(request.token_ids) >= self.max_total_tokens():
+            raise ValueError(
+                f"the prompt has {len(request.token_ids)} tokens; this engine has room for "
+                f"{self.max_total_tokens() - 1} and one new one"
+            )
+        sequence = start_sequence(request)
+        if request.sampling.repetition:
+            sequence.loop_runs = new_runs(request.sampling.repetition)
+        if request.images:
+            encoded = self._encoded.setdefault(_image_key(request), _Encoded())
+            self.counters.images_shared += encoded.num_seen > 0
+            encoded.num_live += 1
+            encoded.num_seen += 1
+            encoded.num_siblings = request.num_siblings
+        self.counters.prompt_tokens += len(request.token_ids)
+        self.scheduler.add(sequence)
+
+    def step(self) -> list[Finished]:
+        """Advance everything by one step; returns what ended in it."""
+        self._encode_ahead()
+        step = self.scheduler.schedule(self._is_encoded)
+        if not step.chunks:
+            return []
+        start = time.perf_counter()
+        self.runner.copy(step.copies)
+        embeddings = [self._embeddings(chunk.sequence) for chunk in step.chunks]
+        logits = self.runner.run(step.chunks, embeddings)
+        wanting = [chunk.sequence for chunk in step.chunks if chunk.wants_logits]
+        self.runner.copy(self.scheduler.advance(step))
+        after_language = time.perf_counter()
+        tokens = sample_tokens(logits, wanting, self.eos_ids)
+        finished = [
+            end for sequence, token in zip(wanting, tokens, strict=True) if (end := self._append(sequence, token))
+        ]
+        self.counters.sample_s += time.perf_counter() - after_language
+        self.counters.language_s += after_language - start
+        self._count(step, len(tokens))
+        return finished
+
+    def _count(self, step: Step, num_sampled: int) -> None:
+        self.counters.steps += 1
+        self.counters.computed_tokens += sum(chunk.num_tokens for chunk in step.chunks)
+        self.counters.new_tokens += num_sampled
+
+    # Images
+
+    def _is_encoded(self, sequence: Sequence) -> bool:
+        request = sequence.request
+        return not request.images or self._encoded[_image_key(request)].embeddings is not None
+
+    def _embeddings(self, sequence: Sequence) -> list[Tensor]:
+        request = sequence.request
+        if not request.images:
+            return []
+        embeddings = self._encoded[_image_key(request)].embeddings
+        assert embeddings is not None
+        return embeddings
+
+    def _encode_ahead(self) -> None:
+        """Encode a batch of images when fewer waiting sequences are ready than could start now."""
+        room = self.limits.max_num_seqs - len(self.scheduler.running)
+        lacking: OrderedDict[Hashable, EngineRequest] = OrderedDict()
+        num_ready = num_tiles = 0
+        for sequence in self.scheduler.waiting:
+            if self._is_encoded(sequence):
+                num_ready += 1
+                if num_ready >= max(room, 1):
+                    return
+                continue
+            request = sequence.request
+            tiles = sum(len(image.tiles) for image in request.images)
+            if lacking and num_tiles + tiles > self.limits.vision_batch:
+                break
+            if _image_key(request) not in lacking:
+                lacking[_image_key(request)] = request
+                num_tiles += tiles
+        if not lacking:
+            return
+        start = time.perf_counter()
+        images = [image for request in lacking.values() for image in request.images]
+        rows = iter(self.runner.encode(images))
+        for key, request in lacking.items():
+            self._encoded[key].embeddings = [next(rows) for _ in request.images]
+        self.counters.images_encoded += len(images)
+        self.counters.vision_s += time.perf_counter() - start
+
+    def _forget_image(self, request: EngineRequest) -> None:
+        """A request has ended: drop its images unless siblings use or will use them."""
+        if not request.images:
+            return
+        key = _image_key(request)
+        encoded = self._encoded[key]
+        encoded.num_live -= 1
+        if encoded.num_live:
+            return
+        if encoded.num_seen >= encoded.num_siblings:
+            del self._encoded[key]
+            return
+        self._encoded.move_to_end(key)
+        idle = [key for key, kept in self._encoded.items() if not kept.num_live]
+        for key in idle[: max(0, len(idle) - self.limits.max_kept_images)]:
+            del self._encoded[key]
+
+    # Tokens
+
+    def _append(self, sequence: Sequence, token: int) -> Finished | None:
+        """Add a sampled token; the end of the sequence if this was it."""
+        sampling = sequence.request.sampling
+        if token in self.eos_ids and not sampling.ignore_eos:
+            return self._finish(sequence, FinishReason.STOP, sequence.output)
+        sequence.tokens.append(token)
+        output = sequence.output
+        if sampling.stop and len(output) >= sampling.min_new_tokens and self._hits_stop(output, sampling.stop):
+            return self._finish(sequence, FinishReason.STOP, output)
+        if sampling.repetition and sequence.loop_runs is not None:
+            update_runs(sequence.loop_runs, output)
+            repeated = find_loop(sequence.loop_runs, sampling.repetition)
+            if repeated:
+                self.counters.loops_cut += 1
+                return self._finish(sequence, FinishReason.REPETITION, output[: len(output) - repeated])
+        if len(output) >= sampling.max_new_tokens or len(sequence.tokens) >= self.max_total_tokens():
+            return self._finish(sequence, FinishReason.LENGTH, output)
+        return None
+
+    def _hits_stop(self, output: list[int], stop: tuple[str, ...]) -> bool:
+        # A token is at least a byte, so a stop string that ends with the newest token lies within this tail,
+        # but for multi-byte characters that are still incomplete, for which the slack is.
+        tail = max(len(text.encode()) for text in stop) + 8
+        text = self.decode(output[-tail:])
+        return any(end in text for end in stop)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, output: list[int]) -> Finished:
+        self.scheduler.finish(sequence)
+        self._forget_image(sequence.request)
+        return Finished(sequence.request.id, tuple(output), reason, sequence.num_prompt_tokens)
+
+
+def _image_key(request: EngineRequest) -> Hashable:
+    return ("request", request.id) if request.image_key is None else ("shared", request.image_key)

@@ -1,0 +1,127 @@
+"""Runs what the scheduler chose: builds the batch's tensors, calls the model, owns the KV cache's memory."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vila2.engine.blocks import BlockCopy
+from vila2.engine.scheduler import Chunk
+from vila2.model.images import PreparedImage
+from vila2.model.vlm import VisionLanguageModel
+from vila2.ops.attention import paged_attention, rope_store
+
+
+@dataclass(slots=True)
+class PagedAttend:
+    """The decoder's `attend` over the paged cache for one batch (see vila2.model.decoder)."""
+
+    cache: Tensor  # (layers, 2, blocks, kv_heads, block_size, head_dim)
+    positions: Tensor  # (tokens,) int64
+    slots: Tensor  # (tokens,) int64
+    block_tables: Tensor  # (sequences, blocks) int32
+    query_starts: Tensor  # (sequences + 1,) int32
+    context_lens: Tensor  # (sequences,) int32
+    cos: Tensor
+    sin: Tensor
+    scale: float
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.cache[layer].unbind(0)
+        q = rope_store(q, k, v, self.positions, self.slots, self.cos, self.sin, keys, values)
+        return paged_attention(
+            q, keys, values, self.block_tables, self.query_starts, self.context_lens, self.scale
+        )
+
+
+class ModelRunner:
+    """A model with `num_blocks` blocks of KV cache in `kv_dtype` beside it."""
+
+    def __init__(
+        self, model: VisionLanguageModel, num_blocks: int, block_size: int, kv_dtype: torch.dtype
+    ) -> None:
+        config = model.config.decoder
+        self.model = model
+        self.block_size = block_size
+        self.scale = config.head_dim**-0.5
+        self.device = model.decoder.cos.device
+        shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        # zeros: pages that no sequence has touched cost no memory on Linux, and a gather never meets a NaN.
+        self.cache = torch.zeros(shape, dtype=kv_dtype, device=self.device)
+
+    @torch.inference_mode()
+    def encode(self, images: list[PreparedImage]) -> list[Tensor]:
+        """Visual tokens (num_tokens, hidden) of each image, in one batch."""
+        return self.model.encode_images(images)
+
+    def copy(self, copies: list[BlockCopy]) -> None:
+        """Carry out block copies, in order."""
+        for copy in copies:
+            self.cache[:, :, copy.target, :, : copy.num_tokens] = self.cache[
+                :, :, copy.source, :, : copy.num_tokens
+            ]
+
+    @torch.inference_mode()
+    def run(self, chunks: list[Chunk], embeddings: list[list[Tensor]]) -> Tensor:
+        """Compute the chunks. `embeddings[i]` holds the visual tokens of each image of chunk i.
+
+        Returns the logits (n, vocabulary) after each chunk that wants them, in order.
+        """
+        hidden = self._embed(chunks, embeddings)
+        hidden = self.model.decoder(hidden, self._attend(chunks))
+        ends = np.cumsum([chunk.num_tokens for chunk in chunks]) - 1
+        rows = [int(end) for end, chunk in zip(ends, chunks, strict=True) if chunk.wants_logits]
+        return self.model.decoder.logits(hidden[rows]).float()
+
+    def _embed(self, chunks: list[Chunk], embeddings: list[list[Tensor]]) -> Tensor:
+        ids: list[int] = []
+        for chunk in chunks:
+            start = chunk.sequence.num_computed
+            ids += chunk.sequence.tokens[start : start + chunk.num_tokens]
+        token_ids = torch.tensor(ids, dtype=torch.int64, device=self.device)
+        hidden = self.model.decoder.embed(token_ids.clamp_min(0))
+        row = 0
+        for chunk, visual in zip(chunks, embeddings, strict=True):
+            begin = chunk.sequence.num_computed
+            end = begin + chunk.num_tokens
+            for span in chunk.sequence.request.spans:
+                first, last = max(begin, span.start), min(end, span.start + span.length)
+                if first < last:
+                    source = visual[span.image][span.offset + first - span.start :][: last - first]
+                    hidden[row + first - begin : row + last - begin] = source
+            row += chunk.num_tokens
+        return hidden
+
+    def _attend(self, chunks: list[Chunk]) -> PagedAttend:
+        counts = [chunk.num_tokens for chunk in chunks]
+        starts = np.zeros(len(chunks) + 1, dtype=np.int32)
+        np.cumsum(counts, out=starts[1:])
+        tables = np.zeros((len(chunks), max(len(chunk.sequence.blocks) for chunk in chunks)), dtype=np.int32)
+        positions = np.empty(starts[-1], dtype=np.int64)
+        slots = np.empty(starts[-1], dtype=np.int64)
+        contexts = np.empty(len(chunks), dtype=np.int32)
+        for i, chunk in enumerate(chunks):
+            blocks, begin = chunk.sequence.blocks, chunk.sequence.num_computed
+            tables[i, : len(blocks)] = blocks
+            contexts[i] = begin + chunk.num_tokens
+            here = np.arange(begin, contexts[i])
+            positions[starts[i] : starts[i + 1]] = here
+            slots[starts[i] : starts[i + 1]] = (
+                tables[i, here // self.block_size].astype(np.int64) * self.block_size + here % self.block_size
+            )
+
+        def tensor(array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+            return torch.from_numpy(array).to(self.device)
+
+        return PagedAttend(
+            self.cache,
+            tensor(positions),
+            tensor(slots),
+            tensor(tables),
+            tensor(starts),
+            tensor(contexts),
+            self.model.decoder.cos,
+            self.model.decoder.sin,
+            self.scale,
+        )
