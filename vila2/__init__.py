@@ -13,12 +13,12 @@ __version__ = "0.1.0"
 __all__ = ["load", "__version__"]
 
 if TYPE_CHECKING:
-    from vila2.backends.native import load
+    from vila2.backends.api import load
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from vila2.backends.native import load
+        from vila2.backends.api import load
 
         return load
     raise AttributeError(f"module 'vila2' has no attribute {name!r}")

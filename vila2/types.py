@@ -38,7 +38,9 @@ class ErrorKind(str, Enum):
     TOO_SMALL = "too_small"
     EXTREME_ASPECT = "extreme_aspect"
     NO_IMAGE = "no_image"  # a tar or Parquet sample, or a record, without an image
-    BROKEN_MEMBER = "broken_member"  # a tar header that does not parse; the reader went on at the next good one
+    BROKEN_MEMBER = (
+        "broken_member"  # a tar header that does not parse; the reader went on at the next good one
+    )
     TRUNCATED_TAR = "truncated_tar"
     DUPLICATE_KEY = "duplicate_key"
     BAD_TEXT = "bad_text"  # not UTF-8
@@ -152,6 +154,19 @@ class Caption:
     finish_reason: FinishReason = FinishReason.STOP
     num_prompt_tokens: int = 0
     error: SampleError | None = None
+
+    @property
+    def status(self) -> Status:
+        """The status before any filter: how the sequence ended."""
+        return _STATUS[self.finish_reason]
+
+
+_STATUS = {
+    FinishReason.STOP: Status.OK,
+    FinishReason.LENGTH: Status.TRUNCATED,
+    FinishReason.REPETITION: Status.REPETITIVE,
+    FinishReason.ERROR: Status.ERROR,
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ the model, samples, and ends what has ended. Stop strings need text, so the call
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence as Seq
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import torch
@@ -113,6 +114,7 @@ class Engine:
         self.counters.prompt_tokens += len(request.token_ids)
         self.scheduler.add(sequence)
 
+    @torch.inference_mode()
     def step(self) -> list[Finished]:
         """Advance everything by one step; returns what ended in it."""
         self._encode_ahead()
@@ -128,7 +130,9 @@ class Engine:
         after_language = time.perf_counter()
         tokens = sample_tokens(logits, wanting, self.eos_ids)
         finished = [
-            end for sequence, token in zip(wanting, tokens, strict=True) if (end := self._append(sequence, token))
+            end
+            for sequence, token in zip(wanting, tokens, strict=True)
+            if (end := self._append(sequence, token))
         ]
         self.counters.sample_s += time.perf_counter() - after_language
         self.counters.language_s += after_language - start
@@ -208,7 +212,11 @@ class Engine:
             return self._finish(sequence, FinishReason.STOP, sequence.output)
         sequence.tokens.append(token)
         output = sequence.output
-        if sampling.stop and len(output) >= sampling.min_new_tokens and self._hits_stop(output, sampling.stop):
+        if (
+            sampling.stop
+            and len(output) >= sampling.min_new_tokens
+            and self._hits_stop(output, sampling.stop)
+        ):
             return self._finish(sequence, FinishReason.STOP, output)
         if sampling.repetition and sequence.loop_runs is not None:
             update_runs(sequence.loop_runs, output)

@@ -40,7 +40,9 @@ class Scheduler:
 
     def __init__(self, pool: BlockPool, max_num_seqs: int, max_batch_tokens: int) -> None:
         if not 1 <= max_num_seqs <= max_batch_tokens:
-            raise ValueError(f"need 1 <= max_num_seqs ({max_num_seqs}) <= max_batch_tokens ({max_batch_tokens})")
+            raise ValueError(
+                f"need 1 <= max_num_seqs ({max_num_seqs}) <= max_batch_tokens ({max_batch_tokens})"
+            )
         self.pool = pool
         self.prefixes = PrefixCache(pool)
         self.max_num_seqs = max_num_seqs
@@ -127,8 +129,12 @@ class Scheduler:
 
     def _waits_for_prefix(self, sequence: Sequence) -> bool:
         """Somebody is computing a start of this prompt right now: begin after it rather than beside it."""
-        longest_ready = max((p.num_tokens for p in sequence.prefixes if self.prefixes.is_ready(p.key)), default=0)
-        return any(p.num_tokens > longest_ready and self.prefixes.is_promised(p.key) for p in sequence.prefixes)
+        longest_ready = max(
+            (p.num_tokens for p in sequence.prefixes if self.prefixes.is_ready(p.key)), default=0
+        )
+        return any(
+            p.num_tokens > longest_ready and self.prefixes.is_promised(p.key) for p in sequence.prefixes
+        )
 
     def _start(self, sequence: Sequence, step: Step) -> bool:
         """Begin after the longest ready prefix, if the whole sequence has room now."""
@@ -137,7 +143,9 @@ class Scheduler:
         # blocks are counted too, which is on the safe side.
         needed = self.pool.blocks_for(len(sequence.tokens) + 1)
         needed = min(needed, self.pool.num_blocks)
-        if self.pool.num_free < needed and not (ready and self._has_room_after(sequence, ready[-1].num_tokens)):
+        if self.pool.num_free < needed and not (
+            ready and self._has_room_after(sequence, ready[-1].num_tokens)
+        ):
             if self.running:
                 return False
             self.prefixes.evict(needed)
