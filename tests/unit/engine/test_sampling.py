@@ -1,0 +1,79 @@
+"""Sampling and loop detection, each against its definition."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vila2.engine.repetition import find_loop, find_loop_reference, new_runs, update_runs
+from vila2.engine.sampler import sample_tokens, uniform
+from vila2.engine.sequence import EngineRequest, Sequence, start_sequence
+from vila2.types import RepetitionRule, SamplingParams
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.integers(0, 3), max_size=60),
+    st.integers(1, 12),
+    st.integers(2, 5),
+    st.integers(1, 20),
+)
+def test_loops_are_found_as_the_definition_finds_them(tokens, max_period, min_repeats, min_tokens):
+    rule = RepetitionRule(max_period, min_repeats, min_tokens)
+    runs = new_runs(rule)
+    output: list[int] = []
+    for token in tokens:
+        output.append(token)
+        update_runs(runs, output)
+        assert find_loop(runs, rule) == find_loop_reference(output, rule)
+
+
+def test_a_cut_loop_keeps_its_first_pass():
+    rule = RepetitionRule(max_period=8, min_repeats=3, min_tokens=6)
+    runs = new_runs(rule)
+    output = [9, 8]
+    for token in [1, 2, 3] * 3:
+        output.append(token)
+        update_runs(runs, output)
+    repeated = find_loop(runs, rule)
+    assert output[: len(output) - repeated] == [9, 8, 1, 2, 3]
+
+
+def sequence(**sampling) -> Sequence:
+    rng_key = sampling.pop("rng_key", 1)
+    return start_sequence(EngineRequest(0, (1, 2), sampling=SamplingParams(**sampling), rng_key=rng_key))
+
+
+def test_greedy_takes_the_best_and_minimum_tokens_hold_back_the_end():
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
+    assert sample_tokens(logits.clone(), [sequence()], frozenset({1})) == [1]
+    assert sample_tokens(logits.clone(), [sequence(min_new_tokens=1)], frozenset({1})) == [2]
+    assert sample_tokens(logits.clone(), [sequence(ignore_eos=True)], frozenset({1, 2})) == [3]
+
+
+def test_sampling_follows_the_distribution_cut_by_top_k_and_top_p():
+    logits = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.3]))
+
+    def frequencies(**sampling) -> np.ndarray:
+        draws = [
+            sample_tokens(logits[None].clone(), [sequence(temperature=1.0, rng_key=key, **sampling)], frozenset())[0]
+            for key in range(4000)
+        ]
+        return np.bincount(draws, minlength=4) / len(draws)
+
+    np.testing.assert_allclose(frequencies(), [0.1, 0.4, 0.2, 0.3], atol=0.03)
+    np.testing.assert_allclose(frequencies(top_k=2), [0, 4 / 7, 0, 3 / 7], atol=0.03)
+    # 0.4 + 0.3 reaches 0.65, so the third token is never needed.
+    np.testing.assert_allclose(frequencies(top_p=0.65), [0, 4 / 7, 0, 3 / 7], atol=0.03)
+    np.testing.assert_allclose(frequencies(top_p=1e-9), [0, 1, 0, 0])
+
+
+def test_a_draw_depends_on_its_key_and_step_and_not_on_the_batch():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 50, generator=generator)
+    sequences = [sequence(temperature=1.5, top_p=0.9, rng_key=key) for key in range(5)]
+    together = sample_tokens(logits.clone(), sequences, frozenset())
+    alone = [sample_tokens(logits[i : i + 1].clone(), sequences[i : i + 1], frozenset())[0] for i in range(5)]
+    assert together == alone
+    assert len({uniform(key, step) for key in range(50) for step in range(50)}) == 2500
+    assert abs(np.mean([uniform(7, step) for step in range(10_000)]) - 0.5) < 0.01
