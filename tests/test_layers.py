@@ -1,6 +1,6 @@
 """The architecture as a test: who may import whom, what stays out of where, and how long a file may be.
 
-It reads source with `ast` and imports nothing of the package, but for one subprocess: `import vila2` is light.
+It reads source with `ast` and imports nothing of the package, but in one subprocess: `import vila2` is light.
 """
 
 import ast
@@ -159,7 +159,7 @@ def test_kernels_import_only_torch_and_triton() -> None:
 
 
 def test_kernels_is_a_namespace() -> None:
-    # With an __init__.py, `import kernels` from the root would find ours, and transformers probes for that name.
+    # With an __init__.py, `import kernels` in the root would find ours; transformers probes for that name.
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
