@@ -1,0 +1,102 @@
+"""Write the tables of BENCHMARKS.md from bench/results: `python bench/tables.py BENCHMARKS.md`.
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; it shows the rows of the newest commit and device in
+bench/results/NAME.csv. Older rows stay in the file, where trends can be read.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from common import read_rows
+
+# table -> the columns shown, by their headings
+COLUMNS = {
+    "recaption": {
+        "engine": "engine",
+        "precision": "precision",
+        "batch": "batch",
+        "rounds": "rounds",
+        "images_per_s": "images/s",
+        "slowest": "slowest round",
+        "ratio": "against the peer's best",
+        "same_tokens": "same tokens",
+    },
+    "profile": {
+        "precision": "precision",
+        "seconds": "seconds",
+        "products": "products",
+        "attention": "attention",
+        "norms": "norms",
+        "activations": "activations",
+        "rope_and_cache": "rope, cache",
+        "patches": "patches",
+        "image_preparation": "image preparation",
+        "sampling": "sampling",
+        "all_else": "all else",
+        "outside": "outside products and attention",
+    },
+    "shared_prefix": {
+        "precision": "precision",
+        "images": "images",
+        "one_prompt_s": "one prompt, s",
+        "three_prompts_s": "three prompts, s",
+        "further_prompt": "a further prompt costs",
+        "images_encoded": "images encoded",
+        "prompt_tokens": "prompt tokens asked",
+        "computed_tokens": "tokens computed",
+    },
+    "memory": {
+        "images": "images",
+        "seconds": "seconds",
+        "settled_mib": "MiB after warm-up",
+        "end_mib": "MiB at the end",
+        "most_mib": "most MiB",
+        "trend_mib": "trend, MiB",
+    },
+    "decode": {
+        "path": "path",
+        "images_per_cpu_s": "images per CPU-second",
+        "slowest": "slowest round",
+        "ratio": "times",
+    },
+}
+SHARES = {"products", "attention", "norms", "activations", "rope_and_cache", "patches"}
+SHARES |= {"image_preparation", "sampling", "all_else", "outside"}
+PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(name: str) -> str:
+    """The newest rows of a table as markdown, with a line on what they ran on."""
+    rows = read_rows(name)
+    if not rows:
+        return "Not measured yet.\n"
+    last = rows[-1]
+    rows = [r for r in rows if all(r[key] == last[key] for key in ("date", "commit", "device"))]
+    columns = COLUMNS[name]
+    lines = [
+        f"{last['date']}, commit {last['commit']}, {last['device']}, {last['isa']}, {last['threads']} threads, "
+    ]
+    lines[0] += f"torch {last['torch']}, transformers {last['transformers']}:\n"
+    lines += ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cell(key, row[key]) for key in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def cell(key: str, value: str) -> str:
+    return f"{float(value):.1%}" if key in SHARES else value
+
+
+def main(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    names = [match.group(2) for match in PLACE.finditer(text)]
+    missing = COLUMNS.keys() - names
+    if missing:
+        raise SystemExit(f"{path} has no place for {sorted(missing)}")
+    path.write_text(
+        PLACE.sub(lambda m: m.group(1) + "\n" + table(m.group(2)) + "\n" + m.group(3), text), encoding="utf-8"
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
