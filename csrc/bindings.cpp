@@ -1,0 +1,372 @@
+// vila2._C: the only file that knows Python. Tensors come in as they are (anything with torch's data_ptr, shape, stride,
+// dtype); each call checks type, shape and layout, releases the GIL and runs. torch itself is neither linked nor included.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "cpu/ops.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+using vila2::cpu::Storage;
+
+namespace {
+
+enum class Dtype { kFloat32, kBfloat16, kUint8, kInt32, kInt64, kOther };
+
+// torch's dtypes are singletons that live as long as the interpreter: their names are read once.
+Dtype dtype_of(PyObject* dtype) {
+  static std::vector<std::pair<PyObject*, Dtype>> known;
+  for (const auto& [object, value] : known) {
+    if (object == dtype) return value;
+  }
+  const std::string name = py::str(py::handle(dtype));
+  const Dtype value = name == "torch.float32"    ? Dtype::kFloat32
+                      : name == "torch.bfloat16" ? Dtype::kBfloat16
+                      : name == "torch.uint8"    ? Dtype::kUint8
+                      : name == "torch.int32"    ? Dtype::kInt32
+                      : name == "torch.int64"    ? Dtype::kInt64
+                                                 : Dtype::kOther;
+  Py_INCREF(dtype);
+  known.emplace_back(dtype, value);
+  return value;
+}
+
+[[noreturn]] void fail(const char* name, const std::string& expected) {
+  throw py::value_error(std::string(name) + ": expected " + expected);
+}
+
+PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+py::object get(py::handle object, PyObject* name, const char* argument) {
+  PyObject* value = PyObject_GetAttr(object.ptr(), name);
+  if (!value) {
+    PyErr_Clear();
+    fail(argument, "a torch tensor");
+  }
+  return py::reinterpret_steal<py::object>(value);
+}
+
+py::object call(py::handle object, PyObject* method) {
+  PyObject* value = PyObject_CallMethodNoArgs(object.ptr(), method);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+struct Tensor {
+  const char* name;
+  py::handle object;
+  std::vector<int64_t> shape;
+  Dtype dtype;
+  void* data;
+
+  Tensor(py::handle handle, const char* argument) : name(argument), object(handle) {
+    static PyObject *const shape_name = interned("shape"), *const dtype_name = interned("dtype"),
+                           *const pointer_name = interned("data_ptr"), *const cpu_name = interned("is_cpu");
+    if (get(handle, cpu_name, name).ptr() != Py_True) fail(name, "a tensor on the CPU");
+    const py::object sizes = get(handle, shape_name, name);
+    shape.resize(static_cast<size_t>(PyTuple_GET_SIZE(sizes.ptr())));
+    for (size_t i = 0; i < shape.size(); ++i) {
+      shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), static_cast<Py_ssize_t>(i)));
+    }
+    dtype = dtype_of(get(handle, dtype_name, name).ptr());
+    data = PyLong_AsVoidPtr(call(handle, pointer_name).ptr());
+  }
+
+  std::string describe() const {
+    return std::string(py::str(object.attr("dtype"))) + " " +
+           std::string(py::str(py::tuple(object.attr("shape"))));
+  }
+  void require(bool condition, const std::string& expected) const {
+    if (!condition) fail(name, expected + ", got " + describe());
+  }
+  const Tensor& is(Dtype wanted, const char* expected) const {
+    require(dtype == wanted, expected);
+    return *this;
+  }
+  const Tensor& contiguous() const {
+    static PyObject* const method = interned("is_contiguous");
+    require(call(object, method).ptr() == Py_True, "a contiguous tensor");
+    return *this;
+  }
+  const Tensor& sized(std::initializer_list<int64_t> wanted) const {
+    const bool same = shape.size() == wanted.size() && std::equal(shape.begin(), shape.end(), wanted.begin());
+    if (!same) {
+      std::string expected = "shape (";
+      for (const int64_t size : wanted) expected += std::to_string(size) + ", ";
+      require(false, expected.substr(0, expected.size() - (wanted.size() ? 2 : 0)) + ")");
+    }
+    return *this;
+  }
+  const Tensor& dims(size_t count) const {
+    require(shape.size() == count, std::to_string(count) + " dimensions");
+    return *this;
+  }
+  const Tensor& like(const Tensor& other) const {
+    require(dtype == other.dtype, std::string("the type of ") + other.name);
+    require(shape == other.shape, std::string("the shape of ") + other.name);
+    return *this;
+  }
+  Storage storage() const {
+    require(dtype == Dtype::kFloat32 || dtype == Dtype::kBfloat16, "float32 or bfloat16");
+    return dtype == Dtype::kFloat32 ? Storage::kFloat32 : Storage::kBfloat16;
+  }
+  // Elements between rows of a (rows, heads, dim) tensor whose (heads, dim) part is dense.
+  int64_t row_stride() const {
+    static PyObject* const method = interned("stride");
+    dims(3);
+    const py::object strides = call(object, method);
+    const auto at = [&](int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), i)); };
+    require((shape[2] <= 1 || at(2) == 1) && (shape[1] <= 1 || at(1) == shape[2]), "dense heads within each row");
+    return at(0);
+  }
+  int64_t width() const {
+    require(!shape.empty() && shape.back() > 0, "a last axis that is not empty");
+    return shape.back();
+  }
+  int64_t rows() const {
+    int64_t count = 1;
+    for (size_t i = 0; i + 1 < shape.size(); ++i) count *= shape[i];
+    return count;
+  }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+};
+
+using NormOp = void (*)(const vila2::cpu::NormJob&, int64_t);
+
+void run_norm(NormOp op, const Tensor& x, const Tensor* residual, const Tensor& weight, const Tensor* bias, double eps,
+              const Tensor& y) {
+  x.contiguous();
+  y.like(x).contiguous();
+  for (const Tensor* vector : {&weight, bias}) {
+    if (!vector) continue;
+    vector->require(vector->dtype == x.dtype, "the type of x");
+    vector->sized({x.width()}).contiguous();
+  }
+  if (residual) residual->like(x).contiguous();
+  const vila2::cpu::NormJob job{x.data,       residual ? residual->data : nullptr,
+                                weight.data,  bias ? bias->data : nullptr,
+                                y.data,       x.storage(),
+                                x.width(),    static_cast<float>(eps)};
+  const int64_t rows = x.rows();
+  const py::gil_scoped_release release;
+  op(job, rows);
+}
+
+void rms_norm(py::handle x, py::handle weight, double eps, py::handle y) {
+  run_norm(vila2::cpu::rms_norm, {x, "x"}, nullptr, {weight, "weight"}, nullptr, eps, {y, "y"});
+}
+
+void add_rms_norm(py::handle x, py::handle residual, py::handle weight, double eps, py::handle y) {
+  const Tensor sum(residual, "residual");
+  run_norm(vila2::cpu::add_rms_norm, {x, "x"}, &sum, {weight, "weight"}, nullptr, eps, {y, "y"});
+}
+
+void layer_norm(py::handle x, py::handle weight, py::handle bias, double eps, py::handle y) {
+  const Tensor shift(bias, "bias");
+  run_norm(vila2::cpu::layer_norm, {x, "x"}, nullptr, {weight, "weight"}, &shift, eps, {y, "y"});
+}
+
+void silu_mul(py::handle gate_up_object, py::handle y_object) {
+  const Tensor gate_up(gate_up_object, "gate_up"), y(y_object, "y");
+  gate_up.contiguous();
+  y.contiguous().require(y.dtype == gate_up.dtype, "the type of gate_up");
+  gate_up.require(gate_up.width() == 2 * y.width() && gate_up.rows() == y.rows() &&
+                      gate_up.shape.size() == y.shape.size(),
+                  "twice the width of y, and its rows");
+  const vila2::cpu::ActivationJob job{gate_up.data, y.data, y.storage(), y.width(), {}};
+  const int64_t rows = y.rows();
+  const py::gil_scoped_release release;
+  vila2::cpu::silu_mul(job, rows);
+}
+
+void gelu(py::handle x_object, const std::string& kind, py::handle y_object) {
+  const Tensor x(x_object, "x"), y(y_object, "y");
+  if (kind != "gelu_pytorch_tanh" && kind != "quick_gelu") fail("kind", "gelu_pytorch_tanh or quick_gelu");
+  x.contiguous();
+  y.like(x).contiguous();
+  const auto choice = kind == "quick_gelu" ? vila2::cpu::Gelu::kQuick : vila2::cpu::Gelu::kTanh;
+  const vila2::cpu::ActivationJob job{x.data, y.data, x.storage(), x.width(), choice};
+  const int64_t elements = x.rows() * x.width();
+  const py::gil_scoped_release release;
+  vila2::cpu::gelu(job, elements);
+}
+
+// Both caches alike; returns (num_blocks, kv_heads, block_size, dim).
+std::array<int64_t, 4> cache_shape(const Tensor& k_cache, const Tensor& v_cache) {
+  k_cache.dims(4).contiguous();
+  v_cache.like(k_cache).contiguous();
+  k_cache.require(k_cache.shape[1] > 0 && k_cache.shape[2] > 0 && k_cache.shape[3] > 0, "heads, slots and a width");
+  return {k_cache.shape[0], k_cache.shape[1], k_cache.shape[2], k_cache.shape[3]};
+}
+
+void rope_store(py::handle q_object, py::handle k_object, py::handle v_object, py::handle positions_object,
+                py::handle slots_object, py::handle cos_object, py::handle sin_object, py::handle k_cache_object,
+                py::handle v_cache_object, py::handle q_out_object) {
+  const Tensor q(q_object, "q"), k(k_object, "k"), v(v_object, "v"), positions(positions_object, "positions"),
+      slots(slots_object, "slots"), cos(cos_object, "cos"), sin(sin_object, "sin"), k_cache(k_cache_object, "k_cache"),
+      v_cache(v_cache_object, "v_cache"), q_out(q_out_object, "q_out");
+  const auto [num_blocks, kv_heads, block_size, dim] = cache_shape(k_cache, v_cache);
+  q.dims(3);
+  const int64_t tokens = q.shape[0], heads = q.shape[1];
+  q.sized({tokens, heads, dim});
+  k.sized({tokens, kv_heads, dim}).require(k.dtype == q.dtype, "the type of q");
+  v.sized({tokens, kv_heads, dim}).require(v.dtype == q.dtype, "the type of q");
+  q.require(dim % 2 == 0, "an even head dimension");
+  q_out.like(q).contiguous();
+  positions.is(Dtype::kInt64, "int64").sized({tokens}).contiguous();
+  slots.is(Dtype::kInt64, "int64").sized({tokens}).contiguous();
+  cos.is(Dtype::kFloat32, "float32").dims(2).contiguous().sized({cos.shape[0], dim / 2});
+  sin.like(cos).contiguous();
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t position = positions.as<int64_t>()[t], slot = slots.as<int64_t>()[t];
+    if (position < 0 || position >= cos.shape[0]) fail("positions", "rows of cos, got " + std::to_string(position));
+    if (slot < 0 || slot >= num_blocks * block_size) fail("slots", "slots of the cache, got " + std::to_string(slot));
+  }
+  const vila2::cpu::RopeJob job{q.data,
+                                k.data,
+                                v.data,
+                                q.row_stride(),
+                                k.row_stride(),
+                                v.row_stride(),
+                                q.storage(),
+                                positions.as<int64_t>(),
+                                slots.as<int64_t>(),
+                                cos.as<float>(),
+                                sin.as<float>(),
+                                k_cache.data,
+                                v_cache.data,
+                                k_cache.storage(),
+                                q_out.data,
+                                heads,
+                                kv_heads,
+                                dim,
+                                block_size};
+  const py::gil_scoped_release release;
+  vila2::cpu::rope_store(job, tokens);
+}
+
+// Every block that the kernel will read exists, and every sequence's queries lie within its context.
+void check_batch(const vila2::cpu::AttentionBatch& batch, int64_t tokens, int64_t num_blocks, int64_t block_size) {
+  if (batch.query_starts[0] != 0 || batch.query_starts[batch.sequences] != tokens) {
+    fail("query_starts", "0 first and the number of rows of q last");
+  }
+  for (int64_t s = 0; s < batch.sequences; ++s) {
+    const int64_t queries = batch.query_starts[s + 1] - batch.query_starts[s], length = batch.context_lens[s];
+    if (queries < 0) fail("query_starts", "rising numbers");
+    if (queries == 0) continue;
+    const int64_t blocks = (length + block_size - 1) / block_size;
+    if (length < queries || blocks > batch.max_blocks) {
+      fail("context_lens", "at least the sequence's queries and at most its table's blocks, got " +
+                               std::to_string(length));
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t block = batch.block_tables[s * batch.max_blocks + b];
+      if (block < 0 || block >= num_blocks) fail("block_tables", "blocks of the cache, got " + std::to_string(block));
+    }
+  }
+}
+
+void paged_attention(py::handle q_object, py::handle k_cache_object, py::handle v_cache_object,
+                     py::handle tables_object, py::handle starts_object, py::handle lens_object, double scale,
+                     py::handle out_object) {
+  const Tensor q(q_object, "q"), k_cache(k_cache_object, "k_cache"), v_cache(v_cache_object, "v_cache"),
+      tables(tables_object, "block_tables"), starts(starts_object, "query_starts"), lens(lens_object, "context_lens"),
+      out(out_object, "out");
+  const auto [num_blocks, kv_heads, block_size, dim] = cache_shape(k_cache, v_cache);
+  q.dims(3);
+  const int64_t tokens = q.shape[0], heads = q.shape[1];
+  q.sized({tokens, heads, dim}).require(heads % kv_heads == 0, "a multiple of the cache's heads");
+  q.require(dim <= vila2::cpu::kMaxHeadDim, "a head dimension of at most 256");
+  out.sized({tokens, heads * dim}).contiguous().require(out.dtype == q.dtype, "the type of q");
+  tables.is(Dtype::kInt32, "int32").dims(2).contiguous();
+  lens.is(Dtype::kInt32, "int32").sized({tables.shape[0]}).contiguous();
+  starts.is(Dtype::kInt32, "int32").sized({tables.shape[0] + 1}).contiguous();
+  const vila2::cpu::AttentionBatch batch{tables.as<int32_t>(), starts.as<int32_t>(), lens.as<int32_t>(),
+                                         tables.shape[0], tables.shape[1]};
+  check_batch(batch, tokens, num_blocks, block_size);
+  const vila2::cpu::AttentionJob job{q.data,        q.row_stride(), q.storage(),        k_cache.data,
+                                     v_cache.data,  k_cache.storage(), out.data,        heads,
+                                     kv_heads,      dim,            block_size,         static_cast<float>(scale)};
+  const py::gil_scoped_release release;
+  vila2::cpu::attention(job, batch);
+}
+
+void image_patches(py::handle images_object, int64_t patch, py::handle tables_object, py::handle out_object) {
+  const Tensor images(images_object, "images"), tables(tables_object, "tables"), out(out_object, "out");
+  images.is(Dtype::kUint8, "uint8").dims(4).contiguous().require(images.shape[3] == 3, "3 channels last");
+  if (patch < 1) fail("patch", "a positive size");
+  tables.sized({3, 256}).contiguous().require(tables.dtype == out.dtype, "the type of out");
+  const int64_t count = images.shape[0], height = images.shape[1], width = images.shape[2];
+  out.sized({count, (height / patch) * (width / patch), 3 * patch * patch}).contiguous();
+  const vila2::cpu::PatchJob job{images.as<uint8_t>(), count,    height,       width, patch,
+                                 tables.data,          out.data, out.storage()};
+  const py::gil_scoped_release release;
+  vila2::cpu::image_patches(job);
+}
+
+vila2::cpu::PackedWeights pack(py::handle weight_object, py::object bias_object, const std::string& storage) {
+  const Tensor weight(weight_object, "weight");
+  weight.is(Dtype::kFloat32, "float32").dims(2).contiguous();
+  weight.require(weight.shape[0] > 0 && weight.shape[1] > 0, "rows and columns");
+  if (storage != "float32" && storage != "bfloat16") fail("storage", "float32 or bfloat16, got " + storage);
+  const float* bias = nullptr;
+  if (!bias_object.is_none()) {
+    bias = Tensor(bias_object, "bias").is(Dtype::kFloat32, "float32").sized({weight.shape[0]}).contiguous().as<float>();
+  }
+  const Storage kind = storage == "float32" ? Storage::kFloat32 : Storage::kBfloat16;
+  const py::gil_scoped_release release;
+  return {weight.as<float>(), bias, weight.shape[0], weight.shape[1], kind};
+}
+
+void linear(const vila2::cpu::PackedWeights& weights, py::handle x_object, py::handle y_object) {
+  const Tensor x(x_object, "x"), y(y_object, "y");
+  x.is(Dtype::kFloat32, "float32").contiguous().require(x.width() == weights.depth(), "the depth of the weights");
+  y.is(Dtype::kFloat32, "float32").contiguous();
+  y.require(y.width() == weights.columns() && y.rows() == x.rows(), "the rows of x and the columns of the weights");
+  const int64_t rows = x.rows();
+  const py::gil_scoped_release release;
+  weights.multiply(x.as<float>(), y.as<float>(), rows);
+}
+
+py::dict cpu_features() {
+  const vila2::cpu::Features features = vila2::cpu::features();
+  py::dict flags;
+  flags["avx2"] = features.avx2;
+  flags["avx512"] = features.avx512;
+  flags["avx512_vnni"] = features.avx512_vnni;
+  flags["avx512_bf16"] = features.avx512_bf16;
+  flags["amx_bf16"] = features.amx_bf16;
+  return flags;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of vila2. Call them through vila2.ops, which chooses between them and torch.";
+  m.def("isa", [] { return vila2::cpu::kernels().isa; });
+  m.def("cpu_features", cpu_features);
+  m.def("set_num_threads", vila2::cpu::set_num_threads, py::arg("count"));
+  m.def("num_threads", vila2::cpu::num_threads);
+  m.def("thread_pool", vila2::cpu::thread_pool);
+  m.def("rms_norm", rms_norm);
+  m.def("add_rms_norm", add_rms_norm);
+  m.def("layer_norm", layer_norm);
+  m.def("silu_mul", silu_mul);
+  m.def("gelu", gelu);
+  m.def("rope_store", rope_store);
+  m.def("paged_attention", paged_attention);
+  m.def("image_patches", image_patches);
+  py::class_<vila2::cpu::PackedWeights>(m, "PackedWeights")
+      .def(py::init(&pack), py::arg("weight"), py::arg("bias"), py::arg("storage"))
+      .def("multiply", linear)
+      .def_property_readonly("columns", &vila2::cpu::PackedWeights::columns)
+      .def_property_readonly("depth", &vila2::cpu::PackedWeights::depth)
+      .def_property_readonly("bytes", &vila2::cpu::PackedWeights::bytes);
+}

@@ -1,0 +1,114 @@
+// What a kernel is: one table of function pointers per instruction set, chosen once at run time.
+//
+// A kernel sees pointers and sizes; it never allocates, throws, starts threads or touches Python. The algorithms are
+// written once, in the .inl files, over the small Vec interface of vec_<isa>.inl, and compiled once per table.
+#pragma once
+
+#include <cstdint>
+
+namespace vila2::cpu {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+enum class Storage { kFloat32, kBfloat16 };
+
+inline constexpr int64_t kKeyTile = 64;        // keys per step of the online softmax; part of what a result is
+inline constexpr int64_t kAttentionRows = 48;  // most (token, head) rows that one attention call takes
+inline constexpr int64_t kMaxHeadDim = 256;
+inline constexpr int64_t kDepthBlock = 256;  // of a linear: a weight panel of this depth stays in the L1 cache
+
+// y = x @ weight.T + bias with weights in panels (panel, depth, panel_width); see linear.inl.
+struct LinearJob {
+  const float* x;  // (rows, depth)
+  const void* panels;
+  Storage storage;
+  const float* bias;  // (columns) or null
+  float* y;           // (rows, columns)
+  int64_t depth, columns;
+};
+
+struct NormJob {
+  const void* x;  // (rows, width)
+  void* residual;
+  const void* weight;
+  const void* bias;
+  void* y;
+  Storage storage;
+  int64_t width;
+  float eps;
+};
+
+enum class Gelu { kTanh, kQuick };
+
+struct ActivationJob {
+  const void* x;  // silu_mul: (rows, 2 * width), gelu: (rows, width)
+  void* y;        // (rows, width)
+  Storage storage;
+  int64_t width;
+  Gelu kind;
+};
+
+struct RopeJob {
+  const void *q, *k, *v;  // (tokens, heads | kv_heads, dim), rows `*_stride` elements apart
+  int64_t q_stride, k_stride, v_stride;
+  Storage storage;  // of q, k, v and q_out
+  const int64_t *positions, *slots;
+  const float *cos, *sin;  // (positions, dim / 2)
+  void *k_cache, *v_cache;
+  Storage cache_storage;
+  void* q_out;  // (tokens, heads, dim)
+  int64_t heads, kv_heads, dim, block_size;
+};
+
+struct AttentionJob {
+  const void* q;  // (tokens, heads, dim), rows q_stride elements apart
+  int64_t q_stride;
+  Storage storage;  // of q and out
+  const void *k_cache, *v_cache;
+  Storage cache_storage;
+  void* out;  // (tokens, heads * dim)
+  int64_t heads, kv_heads, dim, block_size;
+  float scale;
+};
+
+// Query tokens [token, token + tokens), at positions [position, ...), times query heads [head, head + heads), all of
+// which read the same KV head; at most kAttentionRows rows.
+struct AttentionTile {
+  const int32_t* block_table;
+  int64_t token, tokens, position, head, heads;
+};
+
+struct Kernels {
+  const char* isa;
+  int64_t panel_width;
+  int64_t attention_scratch;  // floats
+  int64_t linear_scratch;     // floats
+  void (*pack)(const float* weight, int64_t columns, int64_t depth, void* panels, Storage storage, int64_t panel);
+  void (*linear)(const LinearJob& job, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end,
+                 float* scratch);
+  void (*rms_norm)(const NormJob& job, int64_t row, int64_t row_end);
+  void (*add_rms_norm)(const NormJob& job, int64_t row, int64_t row_end);
+  void (*layer_norm)(const NormJob& job, int64_t row, int64_t row_end);
+  void (*silu_mul)(const ActivationJob& job, int64_t row, int64_t row_end);
+  void (*gelu)(const ActivationJob& job, int64_t row, int64_t row_end);
+  void (*rope_store)(const RopeJob& job, int64_t token, int64_t token_end);
+  void (*attention)(const AttentionJob& job, const AttentionTile& tile, float* scratch);
+};
+
+extern const Kernels kScalar;
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+
+// The table in use: the best that this CPU runs, or the one VILA2_CPU_ISA names. Throws std::runtime_error for a
+// name that is unknown or that this CPU cannot run.
+const Kernels& kernels();
+
+// What the CPU offers, whichever table is in use.
+struct Features {
+  bool avx2, avx512, avx512_vnni, avx512_bf16, amx_bf16;
+};
+Features features();
+
+}  // namespace vila2::cpu

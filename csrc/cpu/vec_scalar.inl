@@ -1,0 +1,58 @@
+// Vec for any CPU: four lanes of the compiler's own vectors, so that the baseline's unit (SSE2, NEON) is used.
+
+constexpr int kLanes = 4;
+constexpr int kTileRows = 6;
+
+typedef float Vec __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t UintVec __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint16_t HalfVec __attribute__((vector_size(8), aligned(2), may_alias));
+
+inline Vec splat(float x) { return Vec{x, x, x, x}; }
+inline Vec zero() { return splat(0.f); }
+inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+
+inline Vec load(const bf16* p) {
+  const UintVec wide = __builtin_convertvector(*reinterpret_cast<const HalfVec*>(p), UintVec) << 16;
+  return reinterpret_cast<const Vec&>(wide);
+}
+
+inline void store(bf16* p, Vec v) {
+  const UintVec bits = reinterpret_cast<const UintVec&>(v);
+  const UintVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const IntVec number = v == v;
+  const UintVec mask = reinterpret_cast<const UintVec&>(number);
+  *reinterpret_cast<HalfVec*>(p) = __builtin_convertvector((rounded & mask) | (0x7fc0u & ~mask), HalfVec);
+}
+
+// Two vectors from one row of a bfloat16 panel, whose elements alternate between them.
+inline void load_pair(const bf16* p, Vec& low, Vec& high) {
+  const UintVec bits = *reinterpret_cast<const UintVec*>(p);
+  const UintVec shifted = bits << 16, masked = bits & 0xffff0000u;
+  low = reinterpret_cast<const Vec&>(shifted);
+  high = reinterpret_cast<const Vec&>(masked);
+}
+
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }  // a NaN in b stays
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec sqrt(Vec a) {
+  return Vec{__builtin_sqrtf(a[0]), __builtin_sqrtf(a[1]), __builtin_sqrtf(a[2]), __builtin_sqrtf(a[3])};
+}
+inline Vec round_even(Vec a) {  // exact for |a| < 2^22
+  const Vec magic = splat(12582912.f);
+  return (a + magic) - magic;
+}
+inline Vec power_of_two(Vec integral) {  // 2^n for n in [-127, 128]; 0 at -127
+  const IntVec bits = (__builtin_convertvector(integral, IntVec) + 127) << 23;
+  return reinterpret_cast<const Vec&>(bits);
+}
+inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline float largest(Vec v) {
+  const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+  return a > b ? a : b;
+}
+inline void store_sums4(float* out, Vec a, Vec b, Vec c, Vec d) {
+  out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+}
