@@ -1,0 +1,72 @@
+"""Ctrl-C and SIGTERM, made orderly: the first asks the run to stop, a grace period later or at the second it must.
+
+Only the main thread may install signal handlers; elsewhere `Interrupts` is a flag that a caller sets.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+GRACE_S = 5.0
+
+
+class GraceOver(Exception):
+    """What was in flight did not finish within the grace period: drop it."""
+
+
+class Interrupts:
+    """Whether the run was asked to stop, and by what means it is torn out of a long step."""
+
+    def __init__(self, grace_s: float = GRACE_S) -> None:
+        self.grace_s = grace_s
+        self.requested = False
+        self._shielded = 0
+        self._grace_over = False
+
+    def request(self) -> None:
+        self.requested = True
+
+    @contextmanager
+    def installed(self) -> Iterator["Interrupts"]:
+        """Handle SIGINT and SIGTERM inside the block. Not in the main thread: nothing is installed."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        handlers = {signal.SIGINT: self._on_stop, signal.SIGTERM: self._on_stop}
+        if hasattr(signal, "SIGALRM"):
+            handlers[signal.SIGALRM] = self._on_alarm
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield self
+        finally:
+            if hasattr(signal, "setitimer"):
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def shield(self) -> Iterator[None]:
+        """The end of the grace period waits for this block: a part that is being committed is finished."""
+        self._shielded += 1
+        try:
+            yield
+        finally:
+            self._shielded -= 1
+        if self._grace_over and not self._shielded:
+            self._grace_over = False
+            raise GraceOver
+
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, self.grace_s)
+
+    def _on_alarm(self, number: int, frame: FrameType | None) -> None:
+        if self._shielded:
+            self._grace_over = True
+        else:
+            raise GraceOver
