@@ -9,7 +9,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check -q
+PIP := $(BIN)/pip --disable-pip-version-check -qq
 export PIP_ROOT_USER_ACTION := ignore
 
 # With an NVIDIA GPU the CUDA build of torch is wanted. Without one an exact version is asked for: it is known to

@@ -87,15 +87,16 @@ def cell(key: str, value: str) -> str:
     return f"{float(value):.1%}" if key in SHARES else value
 
 
-def main(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    names = [match.group(2) for match in PLACE.finditer(text)]
-    missing = COLUMNS.keys() - names
+def filled(text: str) -> str:
+    """The document with every table written anew. ValueError if it lacks the place of one."""
+    missing = COLUMNS.keys() - {match.group(2) for match in PLACE.finditer(text)}
     if missing:
-        raise SystemExit(f"{path} has no place for {sorted(missing)}")
-    path.write_text(
-        PLACE.sub(lambda m: m.group(1) + "\n" + table(m.group(2)) + "\n" + m.group(3), text), encoding="utf-8"
-    )
+        raise ValueError(f"the document has no place for {sorted(missing)}")
+    return PLACE.sub(lambda m: f"{m.group(1)}\n{table(m.group(2))}\n{m.group(3)}", text)
+
+
+def main(path: Path) -> None:
+    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
