@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vila2.ops.native import is_native, native
+
 GELU_KINDS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
 
 
@@ -14,7 +16,7 @@ def silu_mul_reference(gate_up: Tensor) -> Tensor:
 
 
 def gelu_reference(x: Tensor, kind: str) -> Tensor:
-    """GELU: exact ("gelu"), by tanh ("gelu_pytorch_tanh"), or `x * sigmoid(1.702 x)` ("quick_gelu", CLIP's)."""
+    """GELU: exact ("gelu"), by tanh ("gelu_pytorch_tanh") or, for CLIP, `x * sigmoid(1.702 x)` ("quick_gelu")."""
     if kind == "gelu":
         return functional.gelu(x)
     if kind == "gelu_pytorch_tanh":
@@ -26,9 +28,19 @@ def gelu_reference(x: Tensor, kind: str) -> Tensor:
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up`: (..., 2 * inner) to (..., inner)."""
+    if is_native(gate_up) and gate_up.shape[-1] % 2 == 0:
+        gate_up = gate_up.contiguous()
+        y = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+        native.silu_mul(gate_up, y)
+        return y
     return silu_mul_reference(gate_up)
 
 
 def gelu(x: Tensor, kind: str) -> Tensor:
     """GELU of `kind` (one of `GELU_KINDS`), element by element."""
+    if kind != "gelu" and kind in GELU_KINDS and is_native(x):
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        native.gelu(x, kind, y)
+        return y
     return gelu_reference(x, kind)

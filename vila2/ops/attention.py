@@ -1,14 +1,21 @@
 """Attention over a paged KV cache.
 
-A cache is (num_blocks, kv_heads, block_size, head_dim), float32 or bfloat16; slot `b * block_size + i` is row i of
-block b. A row of the output depends only on its own query and its own context: never on the batch, on how a prompt
-was cut into chunks, or on the number of threads.
+A cache is (num_blocks, kv_heads, block_size, head_dim), float32 or bfloat16; slot `b * block_size + i` is row i
+of block b. In `_C`, a row of the output depends only on its own query and its own context: never on the batch, on
+how a prompt was cut into chunks, or on the number of threads.
 """
 
 import torch
 from torch import Tensor
 
+from vila2.ops.native import is_native, native
 from vila2.ops.rope import apply_rope_reference
+
+MAX_HEAD_DIM = 256  # what the kernels of `_C` have room for
+
+
+def _has_dense_heads(x: Tensor) -> bool:
+    return x.stride()[1:] == (x.shape[2], 1)
 
 
 def rope_store_reference(
@@ -22,7 +29,7 @@ def rope_store_reference(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> Tensor:
-    """Rotate q (T, H, D) and k (T, KVH, D) to `positions` (T,), write k and v at `slots` (T,); returns the rotated q."""
+    """Rotate q (T, H, D) and k (T, KVH, D) to `positions` (T,), write k and v at `slots` (T,); returns q rotated."""
     blocks = slots // k_cache.shape[2]
     offsets = slots % k_cache.shape[2]
     k_cache[blocks, :, offsets] = apply_rope_reference(k, positions, cos, sin).to(k_cache.dtype)
@@ -42,7 +49,8 @@ def paged_attention_reference(
     """Causal attention in float32: q (T, H, D) to (T, H * D).
 
     Sequence s owns the query rows `query_starts[s]:query_starts[s + 1]`: the last rows of a context of
-    `context_lens[s]` tokens that lie in the blocks `block_tables[s]`. Query head h reads KV head h // (H / KVH).
+    `context_lens[s]` tokens that lie in the blocks `block_tables[s]`. Query head h reads KV head
+    h // (H / KVH).
     """
     tokens, heads, dim = q.shape
     kv_heads, block_size = k_cache.shape[1:3]
@@ -78,7 +86,14 @@ def rope_store(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> Tensor:
-    """Rotate q and k, store k and v; returns the rotated q (T, H, D). q, k, v may be slices of one qkv tensor."""
+    """Rotate q and k, store k and v; returns q rotated, (T, H, D). q, k and v may be slices of one tensor.
+
+    Shapes as in `rope_store_reference`; raises ValueError for a position or a slot out of range (on the CPU).
+    """
+    if is_native(q, k, v) and is_native(k_cache, v_cache) and all(map(_has_dense_heads, (q, k, v))):
+        rotated = q.new_empty(q.shape)
+        native.rope_store(q, k, v, positions, slots, cos, sin, k_cache, v_cache, rotated)
+        return rotated
     return rope_store_reference(q, k, v, positions, slots, cos, sin, k_cache, v_cache)
 
 
@@ -91,5 +106,13 @@ def paged_attention(
     context_lens: Tensor,
     scale: float,
 ) -> Tensor:
-    """Causal attention of chunks and single tokens alike; shapes as in `paged_attention_reference`."""
+    """Causal attention of chunks and single tokens alike; shapes as in `paged_attention_reference`.
+
+    Raises ValueError for a block or a length out of range (on the CPU).
+    """
+    if is_native(q) and is_native(k_cache, v_cache) and q.shape[-1] <= MAX_HEAD_DIM and _has_dense_heads(q):
+        tokens, heads, dim = q.shape
+        out = q.new_empty(tokens, heads * dim)
+        native.paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens, scale, out)
+        return out
     return paged_attention_reference(q, k_cache, v_cache, block_tables, query_starts, context_lens, scale)

@@ -4,13 +4,20 @@ A packed product is batch-invariant: row i of the output depends only on row i o
 the number of rows or threads. That is what makes a caption independent of the batch it sat in.
 """
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vila2.ops.native import native
+
+if TYPE_CHECKING:
+    from vila2._C import PackedWeights
+
 Module = TypeVar("Module", bound=nn.Module)
+
+_STORAGE = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -18,20 +25,56 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return functional.linear(x, weight, bias)
 
 
+def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "PackedWeights":
+    """A copy of `weight` (out, in) and `bias` (out,) for `linear`, stored as `dtype`: float32 or bfloat16."""
+    if dtype not in _STORAGE:
+        raise ValueError(f"weights can be packed as float32 or bfloat16, got {dtype}")
+    weight = weight.detach().float().contiguous()
+    return native.PackedWeights(
+        weight, None if bias is None else bias.detach().float().contiguous(), _STORAGE[dtype]
+    )
+
+
+def linear(x: Tensor, weights: "PackedWeights") -> Tensor:
+    """`x @ weight.T + bias` with float32 sums, rounded to `x.dtype`: x (..., in) on the CPU to (..., out).
+
+    Raises ValueError if a gradient is wanted: packed weights are for inference.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("packed weights give no gradient: call pack_linears on a model for inference only")
+    y = torch.empty(*x.shape[:-1], weights.columns)
+    weights.multiply(x.float().contiguous(), y)
+    return y.to(x.dtype)
+
+
 class Linear(nn.Linear):
     """`nn.Linear` that `pack_linears` can switch to packed weights; until then it is `nn.Linear`."""
+
+    packed: "PackedWeights | None" = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return functional.linear(x, self.weight, self.bias)
+        return linear(x, self.packed)
 
 
 def pack_linears(module: Module, dtype: torch.dtype) -> Module:
     """Turn each `Linear` inside `module` into its packed form for CPU inference, in place; returns `module`.
 
-    Weights are stored as `dtype` (float32 or bfloat16); sums and activations are float32.
+    Weights are stored as `dtype` (float32 or bfloat16), summed in float32. `weight` and `bias` become None, which
+    frees their memory unless something else (a tied embedding) holds it. Without `_C` nothing is packed, and the
+    weights are only rounded to `dtype`.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in _STORAGE:
         raise ValueError(f"weights can be packed as float32 or bfloat16, got {dtype}")
     for child in module.modules():
-        if isinstance(child, Linear):
+        if not isinstance(child, Linear) or child.packed is not None:
+            continue
+        if native is None:
             child.weight.data = child.weight.data.to(dtype).float()
-            if child.bias is not None:
-                child.bias.data = child.bias.data.float()
+            child.bias = None if child.bias is None else nn.Parameter(child.bias.data.float())
+        else:
+            child.packed = pack(child.weight, child.bias, dtype)
+            child.register_parameter("weight", None)
+            child.register_parameter("bias", None)
     return module

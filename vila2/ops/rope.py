@@ -1,4 +1,4 @@
-"""Rotary positions in the convention of transformers ("rotate half": element i pairs with element i + D/2)."""
+"""Rotary positions as transformers has them ("rotate half": element i pairs with element i + D/2)."""
 
 import math
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """Tables `(cos, sin)`, each (max_positions, head_dim / 2) float32.
 
-    `scaling` is the `rope_scaling` of a Hugging Face config: None, "default", "linear" or "llama3" (the band-wise
-    stretch of Llama 3.1). Any other kind is refused: silently ignoring it would give wrong captions.
+    `scaling` is the `rope_scaling` of a Hugging Face config: None, "default", "linear" or "llama3" (the stretch
+    by bands of Llama 3.1). Any other kind raises ValueError: silently ignoring it would give wrong captions.
     """
     if head_dim % 2:
         raise ValueError(f"head_dim must be even, got {head_dim}")
@@ -54,6 +54,3 @@ def apply_rope_reference(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor)
 apply_rope = (
     apply_rope_reference  # on the inference path, `attention.rope_store` does this and the cache write in one
 )
-
-
-__all__ = ["rope_tables", "apply_rope", "apply_rope_reference"]

@@ -1,0 +1,60 @@
+"""Whether an operation may run in `vila2._C`, and what this machine's CPU offers."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch  # before _C, which shares the threads of torch's OpenMP if that is loaded
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vila2 import _C as native
+else:
+    try:
+        from vila2 import _C as native
+    except ImportError:  # a checkout that was never built: the references do all
+        native = None
+
+__all__ = ["Capabilities", "capabilities", "is_native", "native"]
+
+_KERNEL_TYPES = (torch.float32, torch.bfloat16)
+
+if native is not None:
+    native.set_num_threads(torch.get_num_threads())
+
+
+def is_native(*tensors: Tensor) -> bool:
+    """True if `_C` can take these tensors: on the CPU, all float32 or all bfloat16, and no gradient is wanted."""
+    if native is None:
+        return False
+    dtype = tensors[0].dtype
+    if dtype not in _KERNEL_TYPES:
+        return False
+    wants_grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if not tensor.is_cpu or tensor.dtype != dtype or (wants_grad and tensor.requires_grad):
+            return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What the CPU offers. `isa` is the instruction set that `_C` uses, None if `_C` is not built."""
+
+    isa: str | None
+    avx2: bool = False
+    avx512: bool = False
+    avx512_vnni: bool = False
+    avx512_bf16: bool = False
+    amx_bf16: bool = False
+
+    @property
+    def fast_bf16(self) -> bool:
+        """True if torch multiplies bfloat16 matrices in hardware, so that packing into float32 sums would lose."""
+        return self.avx512_bf16 or self.amx_bf16
+
+
+def capabilities() -> Capabilities:
+    """Asks `_C`. Raises RuntimeError if VILA2_CPU_ISA names an instruction set that is unknown or not there."""
+    if native is None:
+        return Capabilities(isa=None)
+    return Capabilities(isa=native.isa(), **native.cpu_features())
