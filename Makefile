@@ -37,6 +37,7 @@ help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/.installed ## make .venv with the package (editable), its C++ and the developer tools
+	@echo "$(VENV) is ready: source $(BIN)/activate, or run $(BIN)/vila2-fast"
 
 $(VENV)/.python:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; name one with PYTHON=..." >&2; exit 1; }
