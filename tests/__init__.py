@@ -1,0 +1,1 @@
+"""A package, so that tests and benchmarks can share `tests.checkpoints`."""
