@@ -1,6 +1,6 @@
 """From a decoded image to the uint8 tiles that a vision tower reads, as the checkpoint's own processor would cut them.
 
-Sizes, roundings and pass order are Pillow's; tests compare the pixels with Pillow and the transformers processors.
+Sizes, roundings and pixels are Pillow's; tests compare them with Pillow and the transformers processors.
 Everything here is pure and thread-safe: decode threads call `ImageProcessor.prepare`.
 """
 
@@ -17,8 +17,7 @@ Pixels = NDArray[np.uint8]
 MODES = ("resize", "pad", "center_crop", "dynamic", "dynamic_s2", "s2")
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
-# A centre crop that keeps less than this share of the resized image is cut out of the source by Pillow's box.
-_MIN_CROP_SHARE = 1 / 8
+_STRIP = 8  # an image this many times longer than the crop is not resized whole
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +49,8 @@ class ImageProcessor:
 
     The dynamic modes tile only when the request has exactly one image. `shortest_edge` says that the tower's
     processor resizes the shortest edge and crops the centre (CLIP); None, that it resizes to a square (SigLIP).
-    `tokens_per_tile` counts what the projector makes of one tile (in s2 mode: of one image).
+    `tokens_per_tile` counts what the projector makes of one tile (in s2 mode: of one image). `exact`: Pillow's
+    pixels, bit for bit; otherwise a faster resize that is at most two grey levels off.
     """
 
     mode: str
@@ -63,6 +63,7 @@ class ImageProcessor:
     max_tiles: int = 12
     s2_scales: tuple[int, ...] = ()
     s2_resize_output_to_scale_idx: int = 0
+    exact: bool = True
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -138,7 +139,7 @@ class ImageProcessor:
         if self.mode == "dynamic":
             parts = [self._grid_tiles(image, grid)]
             if len(parts[0]) > 1:
-                parts.append(resize(image, size, size)[None])
+                parts.append(self._resize(image, size, size)[None])
         else:
             sides = [self._scale_side(i) for i in range(len(self.s2_scales) - 1)]
             parts = [self._grid_tiles(image, (side, side)) for side in sides] + [
@@ -152,71 +153,84 @@ class ImageProcessor:
     def _grid_tiles(self, image: Pixels, grid: tuple[int, int]) -> Pixels:
         """Resize to `grid` (rows, columns) of tiles and cut them row by row."""
         rows, columns, size = *grid, self.image_size
-        resized = resize(image, rows * size, columns * size)
+        resized = self._resize(image, rows * size, columns * size)
         tiles = resized.reshape(rows, size, columns, size, 3).swapaxes(1, 2)
         return np.ascontiguousarray(tiles).reshape(rows * columns, size, size, 3)
 
     def _whole(self, image: Pixels) -> Pixels:
         """The image as one tile."""
         if self.mode == "s2":
-            return resize(image, self.s2_scales[-1], self.s2_scales[-1])
+            return self._resize(image, self.s2_scales[-1], self.s2_scales[-1])
         if self.mode == "resize":
-            image = resize(image, self.image_size, self.image_size)
+            image = self._resize(image, self.image_size, self.image_size)
         elif self.mode == "pad":
             image = pad_to_square(image, self.image_mean)
         return self._processor(image)
 
+    def _resize(self, image: Pixels, height: int, width: int) -> Pixels:
+        """VILA's own resizing, which comes before the tower's processor and is always bicubic."""
+        return resize(image, height, width, exact=self.exact)
+
     def _processor(self, image: Pixels) -> Pixels:
         """What the tower's transformers processor does before it rescales and normalises."""
         if self.shortest_edge is None:
-            return resize(image, self.image_size, self.image_size, self.interpolation)
-        return resize_and_crop(image, self.shortest_edge, self.image_size, self.interpolation)
+            return resize(image, self.image_size, self.image_size, self.interpolation, self.exact)
+        return resize_and_crop(image, self.shortest_edge, self.image_size, self.interpolation, self.exact)
 
 
-def resize(image: Pixels, height: int, width: int, interpolation: str = "bicubic") -> Pixels:
-    """Resize (h, w, 3) to (height, width, 3) as Pillow does; at most two grey levels off, almost everywhere none.
+def resize(
+    image: Pixels, height: int, width: int, interpolation: str = "bicubic", exact: bool = True
+) -> Pixels:
+    """Resize (h, w, 3) to (height, width, 3) as Pillow 13 does, whatever Pillow is installed.
 
-    The passes are torch's uint8 kernels with 16-bit weights, several times faster than Pillow's. Each pass rounds
-    and clips to uint8, so their order matters: it is Pillow 13's whatever Pillow is installed, which goes
-    vertically first where the height shrinks so much that this is less work.
+    Each of the two passes rounds and clips to uint8, so their order matters: vertical first where the height
+    loses more than twice the pixels that the width does. Unless `exact`, the passes are torch's, whose weights
+    have 16 bits: 2 to 10 times faster, with a stray value two grey levels off.
     """
     old_height, old_width = image.shape[:2]
-    if height < old_height and 2 * height * old_width < width * (old_height + height):
-        return _resize_pass(
-            _resize_pass(image, height, old_width, interpolation), height, width, interpolation
-        )
-    return _resize_pass(image, height, width, interpolation)
-
-
-def _resize_pass(image: Pixels, height: int, width: int, interpolation: str) -> Pixels:
-    """Resize horizontally, then vertically."""
-    if image.shape[:2] == (height, width):
+    if (old_height, old_width) == (height, width):
         return image
+    if height < old_height and old_height - height > 2 * (old_width - width):
+        passes = [(height, old_width), (height, width)]
+    else:
+        passes = [(old_height, width), (height, width)]
+    if exact:
+        picture = Image.fromarray(image)
+        for rows, columns in passes:
+            picture = picture.resize((columns, rows), INTERPOLATIONS[interpolation])
+        return np.array(picture)
     if not image.flags.writeable:  # torch warns of memory that it must not write; it never would here
         image = image.copy()
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[
         None
     ]  # strides pick the uint8 kernel
-    resized = functional.interpolate(pixels, size=(height, width), mode=interpolation, antialias=True)
-    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+    for shape in passes:
+        pixels = functional.interpolate(pixels, size=shape, mode=interpolation, antialias=True)
+    return np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy())
 
 
-def resize_and_crop(image: Pixels, shortest_edge: int, size: int, interpolation: str = "bicubic") -> Pixels:
+def resize_and_crop(
+    image: Pixels, shortest_edge: int, size: int, interpolation: str = "bicubic", exact: bool = True
+) -> Pixels:
     """Resize the shortest edge, then crop the centre to `size` x `size`, black where the image is smaller.
 
-    The long edge is cut down to a whole number, as transformers does.
+    The long edge is cut down to a whole number, as transformers does. Of a very long strip only the crop is made,
+    so that memory stays bounded; there a value may be two grey levels off.
     """
     height, width = image.shape[:2]
     long = int(shortest_edge * max(height, width) / min(height, width))
     new_height, new_width = (long, shortest_edge) if width <= height else (shortest_edge, long)
     top, left = (new_height - size) // 2, (new_width - size) // 2
-    if size < long * _MIN_CROP_SHARE and size <= shortest_edge:
-        # A very long strip: resizing all of it would take memory without bound for a crop of fixed size.
-        x, y = width / new_width, height / new_height
-        box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
-        strip = Image.fromarray(image).resize((size, size), INTERPOLATIONS[interpolation], box=box)
-        return np.asarray(strip)
-    resized = resize(image, new_height, new_width, interpolation)
+    if long > _STRIP * max(shortest_edge, size) and size <= shortest_edge:
+        rows = (top * height / new_height, min((top + size) * height / new_height, height))
+        columns = (left * width / new_width, min((left + size) * width / new_width, width))
+        picture, sampler = Image.fromarray(image), INTERPOLATIONS[interpolation]
+        if new_height < height > width:  # the order that `resize` would take
+            picture = picture.resize((width, size), sampler, box=(0, rows[0], width, rows[1]))
+            return np.array(picture.resize((size, size), sampler, box=(columns[0], 0, columns[1], size)))
+        picture = picture.resize((size, height), sampler, box=(columns[0], 0, columns[1], height))
+        return np.array(picture.resize((size, size), sampler, box=(0, rows[0], size, rows[1])))
+    resized = resize(image, new_height, new_width, interpolation, exact)
     if size <= shortest_edge:
         return np.ascontiguousarray(resized[top : top + size, left : left + size])
     # Negative offsets: the crop reaches beyond the image.

@@ -23,8 +23,8 @@ class ModelConfig:
     """All that defines a checkpoint's model besides its weights.
 
     `image_mode` and the fields after it are those of `ImageProcessor`; s2 mode cuts its scales into tiles of
-    `image_size`, so a checkpoint's `s2_max_split_size` must be that. `token_newline`: the embedding of "\\n" follows each image
-    (NVILA). `template` is the chat template (see `vila2.model.prompt`).
+    `image_size`, so a checkpoint's `s2_max_split_size` must be that. `token_newline`: the embedding of "\\n" follows
+    each image (NVILA). `template` is the chat template (see `vila2.model.prompt`).
     """
 
     vision: VisionConfig
@@ -146,7 +146,7 @@ class VisionLanguageModel(nn.Module):
 
     def _features(self, tiles: Tensor) -> Tensor:
         """Features of the tower (N, tokens, width), a bounded number of tiles at a time."""
-        return torch.cat([self.vision(part) for part in tiles.split(_TILES_PER_PASS)])
+        return torch.cat([self.vision(part) for part in torch.split(tiles, _TILES_PER_PASS)])
 
     def _s2_features(self, images: Tensor) -> Tensor:
         """Images (N, size, size, 3) of the largest scale to features (N, tokens, width * scales).
