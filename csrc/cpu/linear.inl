@@ -69,9 +69,11 @@ inline void multiply(const float* x, int64_t x_stride, const T* panels, int64_t 
 template <int PANELS, class T>
 inline void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const T* panels, int64_t panel_stride,
                           int64_t depth, const float* start, int64_t start_stride, float* y, int64_t y_stride) {
-#define VILA2_ROWS(n)                                                                                         \
-  case n:                                                                                                     \
-    return multiply<n, PANELS, T>(x, x_stride, panels, panel_stride, depth, start, start_stride, y, y_stride)
+#define VILA2_ROWS(n)         \
+  case n:                     \
+    if constexpr (n <= kTileRows) \
+      multiply<n, PANELS, T>(x, x_stride, panels, panel_stride, depth, start, start_stride, y, y_stride); \
+    return
   switch (rows) {
     VILA2_ROWS(1);
     VILA2_ROWS(2);
@@ -79,14 +81,12 @@ inline void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const 
     VILA2_ROWS(4);
     VILA2_ROWS(5);
     VILA2_ROWS(6);
-#if defined(__AVX512F__)
     VILA2_ROWS(7);
     VILA2_ROWS(8);
     VILA2_ROWS(9);
     VILA2_ROWS(10);
     VILA2_ROWS(11);
     VILA2_ROWS(12);
-#endif
   }
 #undef VILA2_ROWS
 }
