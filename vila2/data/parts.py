@@ -33,6 +33,14 @@ def part_rank_and_number(name: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
+def part_owner(path: Path, world_size: int) -> int:
+    """The rank that may replace a part when `world_size` processes run at the same time: exactly one of them."""
+    place = part_rank_and_number(path.name)
+    if place is None:
+        raise ValueError(f"not a part: {path}")
+    return place[0] % world_size
+
+
 def list_parts(out_dir: Path) -> list[Path]:
     """All committed parts, sorted by name. Raises OutputError if the folder cannot be read."""
     try:
