@@ -1,8 +1,7 @@
 """Tiny random checkpoints in each layout that vila2 reads, written in well under a second.
 
-`from tests.checkpoints import write_vila15` works in every test (tests/ is a package and pytest's rootdir is on the
-path in importlib mode through `pythonpath`), and in a script that is run from the repository root with
-`python -m` or with `PYTHONPATH=.`.
+`from tests.checkpoints import write_vila15` works wherever the repository root is on the path: under
+`python -m pytest`, in an editable install, and in scripts run with `PYTHONPATH=.` from the root.
 
 The tensor names are spelled out here, apart from the loader's own table, so that a slip in either shows.
 """
@@ -10,34 +9,14 @@ The tensor names are spelled out here, apart from the loader's own table, so tha
 import json
 import shutil
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-SENTENCES = (
-    "A red square stands to the left of a blue circle on a white table.",
-    "Describe this image in detail, from the background to the smallest object.",
-    "The photograph shows two dogs running along the beach under a grey sky.",
-    "What does the sign say? It says: open from 9 to 17, closed on Sundays.",
-    "USER: hello ASSISTANT: a picture of a small house with a green door.",
-    "A chat between a curious user and an artificial intelligence assistant.",
-)
-CHATML = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# As released with LLaVA 1.5 in the transformers layout: it reads a list of typed parts.
-LLAVA_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | upper }}: "
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }} {% endfor %}"
-    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
+from tests.tiny_tokenizers import CHATML, LLAVA_TEMPLATE, byte_tokenizer, llama_tokenizer, write_tokenizer
+
 SIGLIP_MEAN_STD = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 CLIP_MEAN_STD = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -65,7 +44,7 @@ def write_vila15(
     vision_config = _siglip_config(image_size=70) | dict(vision or {})
     root_config = _vila_config("4.36.2", vision_config["hidden_size"], "resize") | dict(root or {})
     _write_vila(Path(path), root_config, llm_config, vision_config, projector, seed, dtype, num_shards)
-    _write_tokenizer(Path(path) / "llm", tokenizer, bos="<s>", eos="</s>", unk="<unk>")
+    write_tokenizer(Path(path) / "llm", tokenizer, bos="<s>", eos="</s>", unk="<unk>")
     return Path(path)
 
 
@@ -99,7 +78,7 @@ def write_nvila(
         }
     root_config |= dict(root or {})
     _write_vila(Path(path), root_config, llm_config, vision_config, projector, seed, dtype, num_shards)
-    _write_tokenizer(Path(path) / "llm", tokenizer, eos="<|im_end|>", chat_template=CHATML)
+    write_tokenizer(Path(path) / "llm", tokenizer, eos="<|im_end|>", chat_template=CHATML)
     return Path(path)
 
 
@@ -170,7 +149,11 @@ def write_llava(
     else:
         _write_json(path / "processor_config.json", processor | {"image_processor": image_processor})
     _write_weights(path, shapes, seed, dtype, num_shards)
-    _write_tokenizer(path, tokenizer, bos="<s>", eos="</s>", unk="<unk>", chat_template=chat_template)
+    write_tokenizer(path, tokenizer, bos="<s>", eos="</s>", unk="<unk>")
+    if chat_template is not None and generation == "old":
+        _write_json(path / "chat_template.json", {"chat_template": chat_template})
+    elif chat_template is not None:
+        (path / "chat_template.jinja").write_text(chat_template)
     return path
 
 
@@ -438,83 +421,3 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2))
-
-
-# ---- tokenizers ----
-
-
-@lru_cache
-def llama_tokenizer(extra: tuple[str, ...] = ()) -> Tokenizer:
-    """BPE with byte fallback that writes spaces as U+2581 and adds `<s>`, as Llama 2's."""
-    learnt = Tokenizer(models.BPE(unk_token="<unk>"))
-    learnt.normalizer = _sentencepiece_spaces()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], show_progress=False)
-    learnt.train_from_iterator(SENTENCES, trainer)
-    model = json.loads(learnt.to_str())["model"]
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
-    for token in model["vocab"]:
-        vocab.setdefault(token, len(vocab))
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=[tuple(pair) for pair in model["merges"]],
-            unk_token="<unk>",
-            byte_fallback=True,
-            fuse_unk=True,
-        )
-    )
-    tokenizer.normalizer = _sentencepiece_spaces()
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", *extra])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return tokenizer
-
-
-def _sentencepiece_spaces() -> normalizers.Normalizer:
-    return normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-
-
-@lru_cache
-def byte_tokenizer(specials: tuple[str, ...]) -> Tokenizer:
-    """Byte-level BPE without a BOS, as Qwen2's; `specials` take the first ids."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=list(specials),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    return tokenizer
-
-
-def _write_tokenizer(
-    folder: Path,
-    tokenizer: Tokenizer,
-    *,
-    eos: str,
-    bos: str | None = None,
-    unk: str | None = None,
-    chat_template: str | None = None,
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": eos,
-        "unk_token": unk,
-        "chat_template": chat_template,
-        "model_max_length": 1024,
-        "clean_up_tokenization_spaces": False,
-    }
-    _write_json(folder / "tokenizer_config.json", {key: v for key, v in config.items() if v is not None})

@@ -6,6 +6,7 @@ templates are rendered by transformers, in jinja2's sandbox.
 
 import os
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,28 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer
 
+    sentencepiece_only = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    changes = _sentencepiece_settings(folder) if sentencepiece_only else {}
     try:
-        inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        inner = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, **changes
+        )
     except Exception as error:  # transformers and the tokenizers library raise many types, some their own
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from None
     return Tokenizer(inner, _eos_ids(inner, folder), _chat_template(inner, folder))
+
+
+def _sentencepiece_settings(folder: Path) -> dict[str, bool]:
+    """What to tell transformers about a tokenizer.model. Llama's adds a BOS unless the config says otherwise."""
+    try:
+        import_module("google.protobuf")
+    except ModuleNotFoundError:
+        raise CheckpointError(
+            f"{folder / 'tokenizer.model'} is read with protobuf, which is not installed: pip install protobuf"
+        ) from None
+    config = folder / "tokenizer_config.json"
+    silent = not config.is_file() or read_json(config).get("add_bos_token") is None
+    return {"add_bos_token": True} if silent else {}
 
 
 def _first_line(error: Exception) -> str:
