@@ -17,7 +17,7 @@ from vila2.errors import UsageError
 from vila2.model.checkpoint import LoadedCheckpoint, load_checkpoint
 from vila2.model.images import PreparedImage
 from vila2.model.prompt import build_prompt, check_template
-from vila2.ops.capabilities import capabilities
+from vila2.ops.native import capabilities
 from vila2.ops.linear import pack_linears
 from vila2.ops.threads import set_threads
 from vila2.types import Caption, CaptionRequest, ErrorKind, FinishReason, SampleError
@@ -205,7 +205,7 @@ def open_checkpoint(
     `max_new_tokens` is only the usual length, by which the cache is sized.
     """
     device = resolve_device(device)
-    plan = plan_compute(device, precision, deterministic, capabilities().has_bf16_products)
+    plan = plan_compute(device, precision, deterministic, capabilities().fast_bf16)
     if template is not None:
         check_template(template)
     set_threads(threads or available_cores())

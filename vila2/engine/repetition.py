@@ -32,7 +32,7 @@ def find_loop(runs: NDArray[np.int32], rule: RepetitionRule) -> int:
     """
     periods = np.arange(1, len(runs) + 1)
     # A run of r tokens at period p means r + p tokens in the loop, r / p + 1 passes through it.
-    needed = np.maximum(periods * (rule.min_repeats - 1), rule.min_tokens - periods)
+    needed = np.maximum(periods * (rule.min_repeats - 1), np.maximum(rule.min_tokens - periods, 1))
     loops = np.flatnonzero(runs >= needed)
     return int(runs[loops[0]]) if len(loops) else 0
 
@@ -43,6 +43,6 @@ def find_loop_reference(output: Sequence[int], rule: RepetitionRule) -> int:
         run = 0
         while run + period < len(output) and output[-1 - run] == output[-1 - run - period]:
             run += 1
-        if run >= max(period * (rule.min_repeats - 1), rule.min_tokens - period):
+        if run >= max(period * (rule.min_repeats - 1), rule.min_tokens - period, 1):
             return run
     return 0

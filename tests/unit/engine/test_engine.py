@@ -74,7 +74,12 @@ def test_captions_do_not_depend_on_batch_chunks_sharing_or_preemption(tmp_path, 
     for limits in (
         {"max_num_seqs": 7, "max_batch_tokens": 64, "vision_batch": 3},
         {"max_num_seqs": 15, "max_batch_tokens": 16, "block_size": 4},
-        {"max_num_seqs": 15, "max_batch_tokens": 512, "block_size": 8, "num_kv_tokens": 8 * (longest // 8 + 3)},
+        {
+            "max_num_seqs": 15,
+            "max_batch_tokens": 512,
+            "block_size": 8,
+            "num_kv_tokens": 8 * (longest // 8 + 3),
+        },
     ):
         captioner = with_limits(tmp_path / "tiny", **limits)
         got = tokens(list(captioner.caption(requests(captioner, 5, prompts=3))))
