@@ -94,7 +94,7 @@ def commit() -> str:
 
 def isa() -> str:
     """The instruction set that vila2._C chose."""
-    from vila2.ops.capabilities import capabilities
+    from vila2.ops import capabilities
 
     return str(capabilities().isa)
 

@@ -10,6 +10,7 @@ import torch
 from common import CHAT, noise_images
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers.utils import logging
 from workers import serve
 
 
@@ -20,6 +21,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     args = parser.parse_args()
 
+    logging.disable_progress_bar()
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     processor = AutoProcessor.from_pretrained(args.checkpoint)
     processor.tokenizer.padding_side = "left"
