@@ -1,10 +1,10 @@
 """Vision towers: SigLIP and CLIP up to the layer whose features a checkpoint selects.
 
 Parameter names against those of transformers (`SiglipVisionModel`, `CLIPVisionModel`) are in `HF_RENAMES`; q, k and
-v are one matrix here, and the patch convolution is a matrix product, so that uint8 tiles go straight in.
+v are one matrix `qkv` here, in that order, and the patch convolution is a matrix product, so that uint8 tiles go
+straight in.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ KINDS = ("siglip", "clip")
 # "patch" (VILA) and "default" (transformers) drop token 0; "cls_patch" and "full" keep every token.
 SELECT_FEATURES = ("patch", "default", "cls_patch", "full")
 
-# Name in a transformers vision model, without its prefix -> ours. Applied in order, as replaced prefixes or parts.
+# Parts of a name in a transformers vision model (without `vision_model.`) -> ours, replaced in this order.
 HF_RENAMES = (
     ("embeddings.class_embedding", "class_embedding"),
     ("embeddings.patch_embedding.", "patch_embedding."),
@@ -35,7 +35,6 @@ HF_RENAMES = (
 )
 _HF_PREFIXES = ("model.", "vision_tower.", "vision_model.")
 _HF_UNUSED = ("embeddings.position_ids", "post_layernorm.", "head.")
-_QKV = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +188,7 @@ def hf_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {"pre_layrnorm.weight": (width,), "pre_layrnorm.bias": (width,)}
     else:
         shapes["embeddings.patch_embedding.bias"] = (width,)
-    products = {f"self_attn.{name}": (width, width) for name in (*_QKV, "out_proj")}
+    products = {f"self_attn.{name}": (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
     products |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
     for i in range(config.num_layers_run):
         for norm in ("layer_norm1", "layer_norm2"):
@@ -210,41 +209,3 @@ def is_unused(name: str, config: VisionConfig) -> bool:
     if parts[:2] != ["encoder", "layers"] or len(parts) < 4 or not parts[2].isdigit():
         return False
     return config.num_layers_run <= int(parts[2]) < config.num_layers
-
-
-def fuse_vision_state(hf_state: Mapping[str, Tensor], config: VisionConfig) -> dict[str, Tensor]:
-    """A transformers state dict, with or without prefix, as ours: q, k, v joined, the convolution flattened.
-
-    Weights above the selected layer are left out. Missing or unknown names are a ValueError.
-    """
-    stripped = {strip_hf_prefix(name): tensor for name, tensor in hf_state.items()}
-    state = {name: tensor for name, tensor in stripped.items() if not is_unused(name, config)}
-    expected = hf_shapes(config)
-    if state.keys() != expected.keys():
-        missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-        raise ValueError(f"vision weights do not match the config: missing {missing}, unknown {unknown}")
-    patch_weight = state["embeddings.patch_embedding.weight"]
-    state["embeddings.patch_embedding.weight"] = patch_weight.reshape(len(patch_weight), -1)
-    ours = {_rename(name): tensor for name, tensor in state.items()}
-    for i in range(config.num_layers_run):
-        for part in ("weight", "bias"):
-            ours[f"layers.{i}.qkv.{part}"] = torch.cat(
-                [ours.pop(f"layers.{i}.{name}.{part}") for name in _QKV]
-            )
-    return ours
-
-
-def split_vision_state(state: Mapping[str, Tensor], config: VisionConfig) -> dict[str, Tensor]:
-    """The inverse of `fuse_vision_state`, for saving: transformers' names without prefix, up to the selected layer."""
-    split = dict(state)
-    for i in range(config.num_layers_run):
-        for part in ("weight", "bias"):
-            thirds = split.pop(f"layers.{i}.qkv.{part}").chunk(3)
-            split |= {f"layers.{i}.{name}.{part}": third for name, third in zip(_QKV, thirds, strict=True)}
-    return {name: split[_rename(name)].reshape(shape) for name, shape in hf_shapes(config).items()}
-
-
-def _rename(name: str) -> str:
-    for theirs, ours in HF_RENAMES:
-        name = name.replace(theirs, ours)
-    return name

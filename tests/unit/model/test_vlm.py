@@ -14,8 +14,9 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from vila2.model.decoder import DecoderConfig
 from vila2.model.images import MODES, PreparedImage
 from vila2.model.projector import ProjectorConfig
-from vila2.model.vision import VisionConfig, fuse_vision_state
+from vila2.model.vision import VisionConfig
 from vila2.model.vlm import ModelConfig, VisionLanguageModel
+from vila2.model.weight_map import vision_table
 from vila2.ops.linear import pack_linears
 
 SIZE, PATCH, WIDTH, HIDDEN = 16, 4, 12, 20  # a tile has 4 x 4 features
@@ -59,7 +60,12 @@ def make_pair(config: ModelConfig) -> tuple[SiglipVisionModel, VisionLanguageMod
     with torch.no_grad():
         for parameter in (*theirs.parameters(), *ours.projector.parameters()):
             parameter.copy_(torch.randn_like(parameter) * 0.4)
-    ours.vision.load_state_dict(fuse_vision_state(theirs.state_dict(), config.vision))
+    state = {name.removeprefix("vision_model."): value for name, value in theirs.state_dict().items()}
+    weights = ours.vision.state_dict()
+    for own in weights:
+        parts = [state[name] for name, (target, _) in vision_table(config.vision).items() if target == own]
+        weights[own] = torch.cat(parts).view_as(weights[own])
+    ours.vision.load_state_dict(weights)
     return theirs, ours
 
 
