@@ -10,10 +10,10 @@ from vila2.model.image_config import read_image_settings
 from vila2.model.layout import Layout, small_files
 from vila2.model.projector import ProjectorConfig
 from vila2.model.tokenizer import has_chat_template
-from vila2.model.vision import VisionConfig, strip_hf_prefix
+from vila2.model.vision import VisionConfig
 from vila2.model.vlm import ModelConfig
 from vila2.model.weight_files import WeightFiles, find_weight_files
-from vila2.model.weight_map import Found, Name, match_weights
+from vila2.model.weight_map import Found, Name, match_weights, plain_vision_name
 
 # transformers up to 4.51 wrote the first form, 4.52 to 4.5x the second, 5 the first again without "vision_model.".
 _LLM_PREFIXES = (
@@ -106,7 +106,7 @@ def _by_part(weights: WeightFiles) -> dict[Name, Found]:
 def _plain_name(name: str) -> Name:
     for prefix in _VISION_PREFIXES:
         if name.startswith(prefix):
-            return "vision_tower", strip_hf_prefix(name.removeprefix(prefix))
+            return "vision_tower", plain_vision_name(name.removeprefix(prefix))
     for prefix in _PROJECTOR_PREFIXES:
         if name.startswith(prefix):
             layer, _, rest = name.removeprefix(prefix).partition(".")

@@ -27,6 +27,7 @@ class Tokenizer:
         self.bos_token: str | None = inner.bos_token
         self.eos_ids: frozenset[int] = frozenset(eos_ids)
         self._size = len(inner)
+        self.image_token_id: int | None = self.token_id(IMAGE_PLACEHOLDER)
         with_specials = self._ids("a", add_special_tokens=True)
         self.adds_bos: bool = bool(with_specials) and with_specials[0] == self.bos_id
         self.newline_ids: tuple[int, ...] = tuple(self._ids("\n", add_special_tokens=True))
@@ -43,11 +44,6 @@ class Tokenizer:
         """One more than the highest id that ordinary text can become; added tokens are not counted."""
         added = self.inner.added_tokens_decoder
         return 1 + max((index for index in self.inner.get_vocab().values() if index not in added), default=-1)
-
-    @property
-    def image_token_id(self) -> int | None:
-        """The id of `<image>` where the tokenizer has it as one token."""
-        return self.token_id(IMAGE_PLACEHOLDER)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token given as it is written in the vocabulary, or None."""
@@ -67,6 +63,7 @@ class Tokenizer:
         if self.image_token_id is None:
             self.inner.add_tokens([IMAGE_PLACEHOLDER], special_tokens=True)
             self._size = len(self.inner)
+            self.image_token_id = self.token_id(IMAGE_PLACEHOLDER)
 
     def add_eos_ids(self, ids: Iterable[int]) -> None:
         self.eos_ids |= frozenset(ids)

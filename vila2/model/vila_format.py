@@ -12,10 +12,10 @@ from vila2.model.layout import Layout, small_files
 from vila2.model.projector import ProjectorConfig
 from vila2.model.prompt import TEMPLATES, template_of_name
 from vila2.model.tokenizer import has_chat_template
-from vila2.model.vision import VisionConfig, strip_hf_prefix
+from vila2.model.vision import VisionConfig
 from vila2.model.vlm import ModelConfig
 from vila2.model.weight_files import find_weight_files, read_json, some
-from vila2.model.weight_map import PARTS, Found, Name, match_weights
+from vila2.model.weight_map import PARTS, Found, Name, match_weights, plain_vision_name
 
 Json = Mapping[str, Any]
 
@@ -48,7 +48,7 @@ def read_vila(root: Path, config: Json) -> Layout:
     found: dict[Name, Found] = {}
     for part, files in weights.items():
         for name, entry in files.tensors.items():
-            plain = strip_hf_prefix(name) if part == "vision_tower" else name
+            plain = plain_vision_name(name) if part == "vision_tower" else name
             found[part, plain] = Found(name, entry)
     return Layout(
         kind="nvila" if nvila else "vila1.5",

@@ -75,6 +75,11 @@ def vision_table(config: VisionConfig) -> dict[str, tuple[str, Shape]]:
     return table
 
 
+def plain_vision_name(name: str) -> str:
+    """A tower's weight without the prefixes that some generations of files have."""
+    return name.removeprefix("vision_tower.").removeprefix("vision_model.")
+
+
 def projector_table(config: ProjectorConfig) -> dict[str, tuple[str, Shape]]:
     """As `decoder_table`; VILA's names are ours."""
     with torch.device("meta"):
