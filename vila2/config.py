@@ -60,7 +60,7 @@ class RecaptionSettings(_Settings):
     image_root: str | None = None
 
     # How the model runs.
-    backend: str = "native"
+    backend: Annotated[str, DECIDES] = "native"
     device: Device = "auto"
     precision: Annotated[Precision, DECIDES] = "auto"
     batch_size: Annotated[int | None, Field(ge=1)] = None  # None: tuned to the memory there is
@@ -94,9 +94,9 @@ class RecaptionSettings(_Settings):
     truncation: Annotated[Truncation, DECIDES] = "trim"
 
     # Which images are taken.
-    max_pixels: Annotated[int, DECIDES, Field(ge=1)] = 89_478_485  # Pillow's own limit: 268 MB of RGB
-    min_side: Annotated[int, DECIDES, Field(ge=1)] = 2
-    max_aspect: Annotated[float, DECIDES, Field(ge=1)] = 64.0
+    max_pixels: Annotated[int, DECIDES, Field(ge=1)] = 100_000_000  # 300 MB of RGB
+    min_side: Annotated[int, DECIDES, Field(ge=1)] = 4
+    max_aspect: Annotated[float, DECIDES, Field(ge=1)] = 100.0
     orientation: Annotated[Orientation, DECIDES] = "apply"
 
     # How much, and whose share.

@@ -17,11 +17,15 @@ class GraceOver(Exception):
 
 
 class Interrupts:
-    """Whether the run was asked to stop, and by what means it is torn out of a long step."""
+    """Whether the run was asked to stop, and by what means it is torn out of a long step.
+
+    Outside `orderly()` there is nothing to finish, so the first signal is an ordinary KeyboardInterrupt.
+    """
 
     def __init__(self, grace_s: float = GRACE_S) -> None:
         self.grace_s = grace_s
         self.requested = False
+        self._orderly = False
         self._shielded = 0
         self._grace_over = False
 
@@ -41,10 +45,22 @@ class Interrupts:
         try:
             yield self
         finally:
-            if hasattr(signal, "setitimer"):
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            self._disarm()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def orderly(self) -> Iterator[None]:
+        """The first signal inside the block only asks; GraceOver ends the block when the grace period is over."""
+        self._orderly = True
+        try:
+            yield
+            self._disarm()
+        except GraceOver:
+            pass  # what was in flight is dropped; the next run does it again
+        finally:
+            self._disarm()
+            self._orderly = False
 
     @contextmanager
     def shield(self) -> Iterator[None]:
@@ -54,12 +70,12 @@ class Interrupts:
             yield
         finally:
             self._shielded -= 1
-        if self._grace_over and not self._shielded:
-            self._grace_over = False
+        if self._grace_over and not self._shielded and self._orderly:
             raise GraceOver
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested or not self._orderly:
+            self.requested = True
             raise KeyboardInterrupt
         self.requested = True
         if hasattr(signal, "setitimer"):
@@ -68,5 +84,10 @@ class Interrupts:
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:
         if self._shielded:
             self._grace_over = True
-        else:
+        elif self._orderly:
             raise GraceOver
+
+    def _disarm(self) -> None:
+        if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        self._grace_over = False

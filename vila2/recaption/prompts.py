@@ -72,6 +72,11 @@ class PromptSet:
         """Every field that some wording wants."""
         return frozenset(name for texts in self._turns.values() for text in texts for name in text.fields)
 
+    @property
+    def question_fields(self) -> frozenset[str]:
+        """The fields that the wordings alone want."""
+        return frozenset(name for texts in self._questions.values() for text in texts for name in text.fields)
+
     def render(self, name: str, sample: Sample) -> str:
         """The user turn for one sample: its wording, drawn by the sample and the seed alone, with its fields."""
         return self._draw(self._turns[name], name, sample).fill(sample_values(sample))

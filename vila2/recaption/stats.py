@@ -77,6 +77,10 @@ class RunSummary:
     stage_s: dict[str, float]  # decode_images is summed over its threads, the rest is wall time
     captioner: dict[str, float]
 
+    @property
+    def total_errors(self) -> int:
+        return self.status.get(Status.ERROR.value, 0)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -90,12 +90,12 @@ def test_a_template_goes_round_every_wording_but_not_into_the_question() -> None
     question = prompts.question("brief", sample())
     assert prompts.render("brief", sample()) == f"Alt: a cat\n{question}"
     assert "Alt" not in question
-    with pytest.raises(UsageError, match="must hold {prompt}"):
+    with pytest.raises(UsageError, match=r"must hold \{prompt\}"):
         choose_prompts(settings(prompt_template="no place"))
 
 
 def test_an_unknown_prompt_names_the_nearest() -> None:
-    with pytest.raises(UsageError, match="'detialed' .did you mean 'detailed'"):
+    with pytest.raises(UsageError, match=r"'detialed' \(did you mean 'detailed'\)"):
         choose_prompts(settings(prompt=["detialed"]))
 
 

@@ -1,0 +1,214 @@
+"""`vila2-fast recaption`: the main command."""
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+if TYPE_CHECKING:
+    from vila2.config import RecaptionSettings
+    from vila2.recaption.estimate import Estimate
+    from vila2.recaption.stats import RunSummary
+
+STRICT_EXIT = 3
+INTERRUPTED_EXIT = 130
+
+click.rich_click.OPTION_GROUPS["*recaption"] = [
+    {"name": "In and out", "options": ["--model", "--out", "--image-root", "--recipe"]},
+    {
+        "name": "What is asked",
+        "options": ["--prompt", "--prompt-text", "--prompt-file", "--prompt-template", "--template"],
+    },
+    {
+        "name": "How it answers",
+        "options": [
+            "--max-new-tokens", "--min-new-tokens", "--temperature", "--top-p", "--top-k", "--seed", "--stop",
+            "--retry", "--no-retry", "--truncation", "--ignore-eos", "--deterministic",
+        ],
+    },
+    {"name": "Which images", "options": ["--max-pixels", "--min-side", "--max-aspect", "--orientation"]},
+    {
+        "name": "Machine and scale",
+        "options": [
+            "--device", "--precision", "--backend", "--batch-size", "--threads", "--decode-workers", "--limit",
+            "--rank", "--world-size", "--rows-per-part",
+        ],
+    },
+    {"name": "Behaviour", "options": ["--dry-run", "--retry-errors", "--strict", "--json", "--round", "--help"]},
+]  # fmt: skip
+
+
+def _flag(name: str, text: str) -> Callable[[Any], Any]:
+    """A switch that is None unless given, so that a recipe's value stands."""
+    return click.option(f"--{name}/--no-{name}", default=None, help=text)
+
+
+@click.command()
+@click.argument("source", required=False)
+@click.option("--model", metavar="CKPT", help="A VILA or LLaVA checkpoint: a folder with config.json.")
+@click.option("--out", metavar="DIR", help="The output folder; the same command again continues it.")
+@click.option("--image-root", metavar="DIR", help="Where the image paths of a LLaVA JSON or Parquet start.")
+@click.option("--recipe", metavar="FILE", help="Settings from a TOML or YAML file; options here override it.")
+@click.option(
+    "--prompt",
+    multiple=True,
+    metavar="NAME",
+    help="A named prompt (see `vila2-fast prompts`); repeatable. [detailed]",
+)
+@click.option(
+    "--prompt-text", metavar="TEXT", help="A prompt of your own; {original} is the sample's own caption."
+)
+@click.option("--prompt-file", metavar="FILE", help="Named prompts of your own (TOML or YAML).")
+@click.option(
+    "--prompt-template",
+    metavar="TEXT",
+    help="Text round every prompt: holds {prompt} and fields like {original}.",
+)
+@click.option(
+    "--template", metavar="NAME", help="The chat template, where the checkpoint's own is not right."
+)
+@click.option("--max-new-tokens", type=int, metavar="N", help="The longest caption, in tokens. [256]")
+@click.option("--min-new-tokens", type=int, metavar="N", help="The shortest caption, in tokens. [0]")
+@click.option("--temperature", type=float, metavar="T", help="0 is greedy. [0]")
+@click.option("--top-p", type=float, metavar="P", help="Sample from the likeliest tokens that make up P. [1]")
+@click.option("--top-k", type=int, metavar="K", help="Sample from the K likeliest tokens; 0 is all. [0]")
+@click.option("--seed", type=int, metavar="N", help="Decides wordings and samples. [0]")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End a caption before this text; repeatable.")
+@click.option(
+    "--retry",
+    multiple=True,
+    metavar="T/P",
+    help="Temperature and top-p of one more attempt at a caption that loops; repeatable. [0.4/0.9 0.8/0.95]",
+)
+@click.option("--no-retry", is_flag=True, help="Keep a looping caption at once, marked repetitive.")
+@click.option(
+    "--truncation",
+    type=click.Choice(["trim", "mark"]),
+    help="A caption cut by its length: trim it to a sentence, or mark it. [trim]",
+)
+@_flag("ignore-eos", "Write max-new-tokens tokens whatever the model says (for benchmarks).")
+@_flag("deterministic", "The same bytes whatever the batch size, the resume point or the ranks.")
+@click.option(
+    "--max-pixels", type=int, metavar="N", help="Refuse larger images (decompression bombs). [100000000]"
+)
+@click.option("--min-side", type=int, metavar="N", help="Refuse images with a side below N pixels. [4]")
+@click.option(
+    "--max-aspect",
+    type=float,
+    metavar="R",
+    help="Refuse images longer than R times their width, or wider. [100]",
+)
+@click.option(
+    "--orientation", type=click.Choice(["apply", "ignore"]), help="What to do with EXIF orientation. [apply]"
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[auto]")
+@click.option(
+    "--precision", type=click.Choice(["auto", "float32", "bf16", "int8", "fp8", "int4"]), help="[auto: bf16]"
+)
+@click.option("--backend", metavar="NAME", help="What runs the model. [native]")
+@click.option("--batch-size", type=int, metavar="N", help="Captions written at once. [by memory]")
+@click.option("--threads", type=int, metavar="N", help="CPU threads of the model. [all cores]")
+@click.option("--decode-workers", type=int, metavar="N", help="Threads that decode images. [by cores]")
+@click.option("--limit", type=int, metavar="N", help="Only the first N samples, over all ranks.")
+@click.option("--rank", type=int, metavar="R", help="Which of the processes this is, from 0. [0]")
+@click.option("--world-size", type=int, metavar="N", help="How many processes share the source. [1]")
+@click.option("--rows-per-part", type=int, metavar="N", help="Rows in a part file, at most. [2000]")
+@_flag("dry-run", "Count the samples, caption a few, print an estimate of time and disk; write nothing.")
+@_flag("retry-errors", "Also redo the samples that ended as errors.")
+@_flag("strict", "Exit 3 if any sample ended as an error.")
+@_flag("json", "JSON lines on stdout.")
+@click.option(
+    "--round", type=int, metavar="K", help="The round of self-augmentation, for the output's column. [0]"
+)
+def recaption(recipe: str | None, no_retry: bool, retry: tuple[str, ...], **options: Any) -> int:
+    """Write new captions for the images of SOURCE into --out.
+
+    SOURCE is a folder of images, WebDataset tars (a file, a folder, a pattern like 'train-{000..127}.tar'),
+    a LLaVA JSON, or Parquet.
+
+    \b
+    vila2-fast recaption photos/ --model CKPT --out captions/
+    vila2-fast recaption 'coyo-{000..127}.tar' --model CKPT --out coyo/ --prompt detailed --prompt ocr
+    vila2-fast recaption data.json --image-root images/ --model CKPT --out new/ --dry-run
+    """
+    from vila2.config import recaption_settings
+
+    given = {name: value for name, value in options.items() if value != ()}
+    if retry:
+        given["retry"] = [_parse_retry(text) for text in retry]
+    if no_retry:
+        given["retry"] = []
+    settings = recaption_settings(recipe, given)
+    if settings.dry_run:
+        return _dry_run(settings)
+    return _run(settings)
+
+
+def _parse_retry(text: str) -> dict[str, float]:
+    try:
+        temperature, top_p = (float(part) for part in text.split("/"))
+    except ValueError:
+        raise click.UsageError(f"--retry {text!r}: expected TEMPERATURE/TOP_P, like 0.4/0.9") from None
+    return {"temperature": temperature, "top_p": top_p}
+
+
+def _run(settings: "RecaptionSettings") -> int:
+    from vila2.cli.progress import print_event, shown
+    from vila2.recaption.interrupt import Interrupts
+    from vila2.recaption.pipeline import run
+
+    interrupts = Interrupts()
+    with interrupts.installed(), shown(settings.json_lines) as show:
+        summary = run(settings, observe=show, interrupts=interrupts)
+    if settings.json_lines:
+        print_event("summary", summary.to_json())
+    else:
+        print(_describe(summary))
+    if summary.interrupted:
+        print("stopped; run the same command again to continue", file=sys.stderr)
+        return INTERRUPTED_EXIT
+    return STRICT_EXIT if settings.strict and summary.total_errors else 0
+
+
+def _dry_run(settings: "RecaptionSettings") -> int:
+    from vila2.cli.progress import print_event
+    from vila2.recaption.estimate import estimate
+
+    result = estimate(settings)
+    if settings.json_lines:
+        print_event("estimate", result.to_json())
+    else:
+        print(_describe_estimate(result))
+    return 0
+
+
+def _describe(summary: "RunSummary") -> str:
+    """The end of a run, for a person."""
+    lines = [
+        f"{summary.captions} captions of {summary.images} images in {summary.seconds:.1f} s "
+        f"({summary.captions_per_s:.2f} captions/s, {summary.tokens_per_s:.0f} tokens/s) -> {summary.out}"
+    ]
+    if summary.already_done:
+        lines.append(f"{summary.already_done} rows were there already")
+    marked = {name: count for name, count in summary.status.items() if name not in ("ok", "error")}
+    if marked:
+        lines.append("marked: " + ", ".join(f"{count} {name}" for name, count in marked.items()))
+    if summary.error_kind:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.error_kind.items()))
+        lines.append(f"quarantined: {summary.status['error']} rows ({kinds}); --retry-errors redoes them")
+    return "\n".join(lines)
+
+
+def _describe_estimate(result: "Estimate") -> str:
+    from vila2.cli.progress import clock
+
+    lines = [
+        f"{result.samples} samples, {result.pending_images} of them to do, {result.prompts} prompts each"
+    ]
+    if result.probed:
+        lines.append(
+            f"probe: {result.probed} images in {result.probe_s:.1f} s, {result.captions_per_s:.2f} captions/s"
+        )
+        lines.append(f"estimate: {clock(result.seconds)} (h:mm:ss) and {result.disk_bytes / 2**20:.1f} MiB")
+    return "\n".join(lines)

@@ -1,0 +1,122 @@
+"""What a run has to do: which samples lack which prompts, and how one of them is loaded."""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vila2.backends import Captioner
+from vila2.config import RecaptionSettings
+from vila2.data.decode import DecodeError, DecodeLimits, decode_image, image_digest
+from vila2.data.done import DoneSet
+from vila2.data.source import Shard, ShardRange, Source, assign
+from vila2.recaption.feed import Job, Loaded
+from vila2.types import SampleError
+
+
+class Plan:
+    """The samples of a rank's share that lack a prompt, and the error rows that it does again."""
+
+    def __init__(
+        self,
+        source: Source,
+        settings: RecaptionSettings,
+        prompts: Sequence[str],
+        done: DoneSet,
+        redo: Sequence[tuple[str, int, str]] = (),
+    ) -> None:
+        self.prompts, self.done = tuple(prompts), done
+        self._ranges = {part.shard.name: part for part in share_of(source, settings)}
+        self._redo: dict[str, dict[int, list[str]]] = defaultdict(dict)
+        for shard, index, prompt in redo:
+            self._redo[shard].setdefault(index, []).append(prompt)
+        wanted = self._ranges.keys() | self._redo.keys()
+        self._shards = [shard for shard in source.shards if shard.name in wanted]
+        self.num_samples = sum(len(part) for part in self._ranges.values())
+        self.num_pending = sum(len(indices) for _, indices in self.pending())
+        self.num_done = done.num_rows - len(redo)
+
+    def pending(self) -> Iterator[tuple[Shard, NDArray[np.int64]]]:
+        """Shard by shard, the samples that must be read, ascending. Found anew each time: a list would be large."""
+        for shard in self._shards:
+            part = self._ranges.get(shard.name)
+            indices = np.array(sorted(self._redo.get(shard.name, ())), np.int64)
+            if part is not None:
+                indices = np.union1d(
+                    indices, self.done.pending(shard.name, part.start, part.stop, self.prompts)
+                )
+            if len(indices):
+                yield shard, indices
+
+    def jobs(self) -> Iterator[Job]:
+        """Read what is to do, in the source's order. Finished samples are not read at all."""
+        for shard, indices in self.pending():
+            yield from self.read(shard, indices.tolist())
+
+    def read(self, shard: Shard, indices: list[int]) -> Iterator[Job]:
+        for sample in shard.read(indices):
+            yield Job(sample, self._wanted(sample.shard, sample.index))
+
+    def _wanted(self, shard: str, index: int) -> tuple[str, ...]:
+        part = self._ranges.get(shard)
+        wanted: set[str] = set(self._redo.get(shard, {}).get(index, ()))
+        if part is not None and part.start <= index < part.stop:
+            wanted.update(self.done.missing_prompts(shard, index, self.prompts))
+        return tuple(prompt for prompt in self.prompts if prompt in wanted)
+
+
+def share_of(source: Source, settings: RecaptionSettings) -> list[ShardRange]:
+    """The samples of this rank. `limit` counts over all ranks: each takes its part from the start of its share."""
+    ranges = assign(source, settings.rank, settings.world_size)
+    if settings.limit is None:
+        return ranges
+    rank, world = settings.rank, settings.world_size
+    left = settings.limit * (rank + 1) // world - settings.limit * rank // world
+    limited: list[ShardRange] = []
+    for part in ranges:
+        if left <= 0:
+            break
+        limited.append(ShardRange(part.shard, part.start, min(part.stop, part.start + left)))
+        left -= len(limited[-1])
+    return limited
+
+
+def make_loader(captioner: Captioner, settings: RecaptionSettings) -> Callable[[Job], Loaded]:
+    """What a decode thread does with a job: bytes to pixels to what the captioner wants. Bad bytes are an error row."""
+    limits = DecodeLimits(
+        max_pixels=settings.max_pixels,
+        min_side=settings.min_side,
+        max_aspect=settings.max_aspect,
+    )
+
+    upright = settings.orientation == "apply"
+
+    def load(job: Job) -> Loaded:
+        sample, light = job.sample, _without_bytes(job)
+        digest = "" if sample.image is None else image_digest(sample.image)
+        if sample.error is not None:
+            return Loaded(light, error=sample.error, image_digest=digest)
+        assert sample.image is not None  # a sample has an image or an error
+        try:
+            image = decode_image(sample.image, limits, apply_orientation=upright)
+        except DecodeError as error:
+            return Loaded(light, error=SampleError(error.kind, str(error)), image_digest=digest)
+        prepared = captioner.prepare(image.pixels)
+        size = getattr(prepared, "nbytes", image.pixels.nbytes)
+        return Loaded(light, prepared, None, image.width, image.height, digest, size)
+
+    return load
+
+
+def default_decode_workers() -> int:
+    """Threads that decode: they run beside the model, which uses every core, and seldom need more than a few."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(2, min(16, cores // 2))
+
+
+def _without_bytes(job: Job) -> Job:
+    """The job without the encoded image, so that a sample in flight does not hold its file in memory."""
+    return Job(replace(job.sample, image=None), job.prompts)
