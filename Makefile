@@ -55,9 +55,14 @@ $(VENV)/.torch: $(VENV)/.python
 	@$(PIP) install "$(TORCH)" "scikit-build-core>=0.11" "pybind11>=2.13" "ninja>=1.11" $(if $(CMAKE),"$(CMAKE)")
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES)
+$(VENV)/.packages: $(VENV)/.torch pyproject.toml
 	@echo "building vila2-fast[$(EXTRAS)]"
 	@$(PIP) install --no-build-isolation -e ".[$(EXTRAS)]"
+	@touch $@
+
+# An edit of the C++ rebuilds what changed and asks no index about packages.
+$(VENV)/.installed: $(VENV)/.packages $(NATIVE_SOURCES)
+	@$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
 
 lint: $(VENV)/.installed ## ruff, mypy --strict, clang-format
