@@ -5,16 +5,18 @@ CMYK and palettes as Pillow converts them; turned upright by EXIF unless switche
 typed DecodeError, never a warning and never another exception. Safe to call from many threads.
 """
 
+import ctypes
 import io
 import logging
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError, _imaging
 
 from vila2.data.orientation import find_orientation, turn_upright, without_orientation
 from vila2.types import ErrorKind, SampleError
@@ -56,7 +58,10 @@ class DecodeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class DecodeLimits:
-    """What counts as an image. Sizes are checked in the header, before memory for pixels is taken."""
+    """What counts as an image. Sizes are checked in the header, before memory for pixels is taken.
+
+    For WebP and TIFF, Pillow's own `2 * Image.MAX_IMAGE_PIXELS` (179 million) holds as well.
+    """
 
     max_pixels: int = 100_000_000
     min_side: int = 4
@@ -103,7 +108,7 @@ def decode_image(
     except DecodeError:
         raise
     except Image.DecompressionBombError as exc:
-        raise DecodeError(ErrorKind.TOO_MANY_PIXELS, str(exc)) from exc
+        raise DecodeError(ErrorKind.TOO_MANY_PIXELS, f"beyond Pillow's own limit: {exc}") from exc
     except UnidentifiedImageError as exc:
         raise DecodeError(ErrorKind.CORRUPT_IMAGE, f"a {format_name} header that does not parse") from exc
     except Exception as exc:  # decoders raise what they like: OSError, SyntaxError, struct.error, MemoryError
@@ -156,11 +161,31 @@ def _decode_with_pillow(data: bytes, format_name: str, limits: DecodeLimits) -> 
     if format_name == "WEBP":
         _check_webp_size(data, limits)  # Pillow takes memory for two canvases when it opens one
     if format_name == "TIFF":
+        _silence_libtiff()
         data = without_orientation(data, format_name)
     with _open(data, format_name) as image:
         limits.check(*image.size)
         image.load()
         return np.asarray(_to_rgb(image))
+
+
+@lru_cache(maxsize=1)
+def _silence_libtiff() -> None:
+    """Stop libtiff from writing to stderr; its failures reach us through Pillow as well.
+
+    Pillow has no switch for this, so libtiff's own is found through the library that Pillow has loaded.
+    """
+    try:
+        pillow = ctypes.CDLL(_imaging.__file__)
+        for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+            handler = pillow[name]
+            handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+            handler(None)
+    except (
+        OSError,
+        AttributeError,
+    ):  # linked in another way: the lines then appear, and nothing else changes
+        return
 
 
 def _open(data: bytes, format_name: str) -> ImageFile.ImageFile:

@@ -86,8 +86,9 @@ def _choices(inside: str, pattern: str) -> list[str]:
         return inside.split(",")
     first, last = int(counted[1]), int(counted[2])
     if not first <= last < first + _MAX_EXPANDED:
-        raise SourceError(f"the range {{{inside}}} in {pattern} counts down, or too far")
-    width = len(counted[1]) if counted[1].startswith("0") or len(counted[1]) == len(counted[2]) else 0
+        raise SourceError(f"the range {{{inside}}} in the pattern {pattern} counts down, or too far")
+    padded = any(len(end) > 1 and end.startswith("0") for end in counted.groups())  # as a shell counts
+    width = max(map(len, counted.groups())) if padded else 0
     return [f"{number:0{width}d}" for number in range(first, last + 1)]
 
 
