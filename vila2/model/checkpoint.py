@@ -94,15 +94,25 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
     # VILA's own training leaves the parts in a folder "model".
     root = path if (path / "config.json").is_file() or not (path / "model").is_dir() else path / "model"
     config = read_json(root / "config.json")
+    try:
+        return CheckpointInfo(path, _read_layout(path, root, config))
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+        # Each reader names what it knows to be wrong; a value of an absurd type may still trip it up.
+        raise CheckpointError(
+            f"{path}: a config of this checkpoint has a value of the wrong kind: {error}"
+        ) from error
+
+
+def _read_layout(path: Path, root: Path, config: Mapping[str, Any]) -> Layout:
     if is_llava(config):
-        return CheckpointInfo(path, read_llava(root, config))
+        return read_llava(root, config)
     if "mm_vision_tower" in config and "vision_tower_cfg" not in config:
         raise CheckpointError(
             f"{path} is in the layout of the first LLaVA and VILA 1.0, with one folder and mm_vision_tower; "
             f"known are {KINDS}"
         )
     if is_vila(root, config):
-        return CheckpointInfo(path, read_vila(root, config))
+        return read_vila(root, config)
     kind = config.get("model_type", "no model_type")
     raise CheckpointError(f"{path} is of an unknown kind ({kind}); known are {KINDS}")
 

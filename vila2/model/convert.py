@@ -104,10 +104,10 @@ def _load(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path} holds more than tensors and is not opened: it could run code"
+            f"{path} holds more than tensors, or is no torch file: it is not opened, it could run code"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a readable torch file: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError):
+        raise CheckpointError(f"{path} is no torch file, or cut short: download it again") from None
     tensors = _unwrap(content)
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors by name")

@@ -38,6 +38,26 @@ DECODER_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+_DECODER_LIMITS = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "max_position_embeddings": 2**24,
+}
+_VISION_LIMITS = {
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 2**16,
+    "image_size": 2**14,
+    "patch_size": 2**14,
+}
+
+
 def refuse_quantised(config: Json, where: str) -> None:
     """CheckpointError if `config` says that its weights are quantised."""
     quantisation = config.get("quantization_config")
@@ -61,6 +81,7 @@ def decoder_config(config: Json, where: str) -> DecoderConfig:
     llama_bias = kind == "llama" and bool(values.get("attention_bias", False))
     try:
         _refuse_variants(values)
+        _refuse_implausible(values, _DECODER_LIMITS)
         theta, scaling = _rope(values)
         num_heads = int(values["num_attention_heads"])
         return DecoderConfig(
@@ -92,6 +113,13 @@ def _refuse_variants(values: Json) -> None:
         raise ValueError("sliding window attention is not supported")
     if float(values.get("partial_rotary_factor", 1)) != 1:
         raise ValueError("partial_rotary_factor is not supported")
+
+
+def _refuse_implausible(values: Json, limits: Mapping[str, int]) -> None:
+    """ValueError for a size that no model has: what follows makes tables and lists of these sizes."""
+    for key, limit in limits.items():
+        if key in values and not 1 <= int(values[key]) <= limit:
+            raise ValueError(f"{key} must lie in [1, {limit}], got {values[key]}")
 
 
 def _rope(values: Json) -> tuple[float, dict[str, Any] | None]:
@@ -168,6 +196,7 @@ def vision_config(config: Json, select_layer: Any, select_feature: Any, where: s
             f"{where}: features of several vision layers ({select_layer}) are not supported"
         )
     try:
+        _refuse_implausible(values, _VISION_LIMITS)
         return VisionConfig(
             kind=kind,
             image_size=int(values["image_size"]),

@@ -29,7 +29,8 @@ _PROJECTOR_NAMES = {"linear_1": "layers.0", "linear_2": "layers.2"}
 
 def is_llava(config: Mapping[str, Any]) -> bool:
     """Is this the config.json of a LLaVA checkpoint in the transformers layout?"""
-    return config.get("model_type") == "llava" and "text_config" in config and "vision_config" in config
+    parts = (config.get("text_config"), config.get("vision_config"))
+    return config.get("model_type") == "llava" and all(isinstance(part, Mapping) for part in parts)
 
 
 def read_llava(root: Path, config: Mapping[str, Any]) -> Layout:
