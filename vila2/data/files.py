@@ -10,11 +10,14 @@ import errno
 import os
 import signal
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from vila2.errors import OutputError
 
 TMP_SUFFIX = ".tmp"
+DEAD_AFTER_S = 3600.0  # no process takes this long over one file
 _NO_SYNC_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
@@ -105,10 +108,15 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Remove the temporary files of a dead run whose final name matches the glob `pattern`."""
+def remove_leftovers(folder: Path, pattern: str, min_age_s: float = 0.0) -> None:
+    """Remove the temporary files of a dead run whose final name matches the glob `pattern`.
+
+    Where a living process may be writing such a file, `min_age_s` leaves the young ones alone. Raises OSError.
+    """
     for path in folder.glob(f".{pattern}.*{TMP_SUFFIX}"):
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process cleans up as well
+            if path.stat().st_mtime <= time.time() - min_age_s:
+                path.unlink()
 
 
 def make_folder(folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vila2.data.files import atomic_write, make_folder, write_error
+from vila2.data.files import DEAD_AFTER_S, atomic_write, make_folder, remove_leftovers, write_error
 
 Index = dict[str, NDArray[Any]]
 _FORMAT = 1  # raise it when the meaning of an index changes: old files are then ignored
@@ -40,6 +40,7 @@ def save_index(path: Path, index: Index, *, exclusive: bool = False) -> None:
     np.savez(buffer, allow_pickle=False, **index)
     make_folder(path.parent)
     try:
+        remove_leftovers(path.parent, path.name, DEAD_AFTER_S)
         atomic_write(path, buffer.getbuffer(), exclusive=exclusive)
     except FileExistsError:
         raise

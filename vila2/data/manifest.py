@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vila2.data.files import atomic_write, make_folder, write_error
+from vila2.data.files import DEAD_AFTER_S, atomic_write, make_folder, remove_leftovers, write_error
 from vila2.data.parts import list_parts
 from vila2.errors import OutputError
 
@@ -47,6 +47,7 @@ class Manifest:
             make_folder(out_dir)
             path = out_dir / FILE_NAME
             try:
+                remove_leftovers(out_dir, FILE_NAME, DEAD_AFTER_S)
                 atomic_write(path, self._as_json().encode(), exclusive=True)
                 return self
             except FileExistsError:
