@@ -135,3 +135,11 @@ def test_tables_of_benchmarks_come_from_the_rows(monkeypatch: pytest.MonkeyPatch
     path = ROOT / "BENCHMARKS.md"
     text = path.read_text(encoding="utf-8")
     assert tables.filled(text) == text, "run `python bench/tables.py BENCHMARKS.md`"
+
+
+def test_readme_names_every_error_kind_and_column() -> None:
+    from vila2.types import ErrorKind, Status
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for word in [*(kind.value for kind in ErrorKind), *(status.value for status in Status)]:
+        assert f"`{word}`" in text, f"README.md does not name {word}"
