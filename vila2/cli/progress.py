@@ -58,11 +58,15 @@ def line_of(progress: "Progress") -> str:
 class _Every:
     def __init__(self, seconds: float, show: Show) -> None:
         self.seconds, self.show = seconds, show
-        self.last = time.monotonic()
+        self.last: float | None = (
+            None  # the clock starts with the first progress: loading a model takes its time
+        )
 
     def __call__(self, progress: "Progress") -> None:
         now = time.monotonic()
-        if now - self.last >= self.seconds:
+        if self.last is None:
+            self.last = now
+        elif now - self.last >= self.seconds:
             self.last = now
             self.show(progress)
 

@@ -168,7 +168,7 @@ def _run(settings: "RecaptionSettings") -> int:
     if summary.interrupted:
         print("stopped; run the same command again to continue", file=sys.stderr)
         return INTERRUPTED_EXIT
-    return STRICT_EXIT if settings.strict and summary.total_errors else 0
+    return STRICT_EXIT if settings.strict and summary.errors_in_output else 0
 
 
 def _dry_run(settings: "RecaptionSettings") -> int:
@@ -196,7 +196,9 @@ def _describe(summary: "RunSummary") -> str:
         lines.append("marked: " + ", ".join(f"{count} {name}" for name, count in marked.items()))
     if summary.error_kind:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.error_kind.items()))
-        lines.append(f"quarantined: {summary.status['error']} rows ({kinds}); --retry-errors redoes them")
+        lines.append(f"quarantined: {summary.status['error']} rows ({kinds})")
+    if summary.errors_in_output:
+        lines.append(f"{summary.errors_in_output} rows of the output are errors; --retry-errors redoes them")
     return "\n".join(lines)
 
 

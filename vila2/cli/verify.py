@@ -1,14 +1,13 @@
 """`vila2-fast verify`: prove that an output folder is complete."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 if TYPE_CHECKING:
-    from vila2.data.verify import Finding
+    from vila2.data.verify import Finding, VerifyReport
 
 
 @click.command()
@@ -28,7 +27,7 @@ def verify(out: str, as_json: bool) -> int:
     finished = Finished(Path(out))
     report = check.verify(finished.out, finished.open_source(), finished.prompts.names)
     if as_json:
-        click.echo(json.dumps({"complete": report.is_complete, **asdict(report)}))
+        click.echo(json.dumps(_as_json(report)))
         return 0 if report.is_complete else 1
     click.echo(
         f"{report.num_samples} samples, {len(report.prompts)} prompts ({', '.join(report.prompts)}), "
@@ -42,6 +41,19 @@ def verify(out: str, as_json: bool) -> int:
     _show("not in the source", report.unknown)
     click.echo("complete" if report.is_complete else "NOT complete")
     return 0 if report.is_complete else 1
+
+
+def _as_json(report: "VerifyReport") -> dict[str, Any]:
+    findings = {"missing": report.missing, "duplicate": report.duplicate, "unknown": report.unknown}
+    return {
+        "complete": report.is_complete,
+        "samples": report.num_samples,
+        "prompts": list(report.prompts),
+        "rows": report.num_rows,
+        "status": dict(report.by_status),
+        "error_kind": dict(report.by_error_kind),
+        **{name: {"count": f.count, "examples": f.examples} for name, f in findings.items()},
+    }
 
 
 def _show(title: str, finding: "Finding") -> None:

@@ -27,6 +27,7 @@ from vila2.data.writer import PartWriter, load_part
 from vila2.errors import OutputError
 from vila2.recaption.exchange import Outcome
 from vila2.recaption.prompts import PromptSet, make_prompts
+from vila2.types import Status
 
 Place = tuple[str, int, str]  # shard, index, prompt
 _VERSIONS_OF = ("torch", "transformers", "pyarrow", "pillow", "simplejpeg")
@@ -125,6 +126,7 @@ class Output:
         self._redo: dict[Place, str] = {}  # an error row that is asked for again -> its part
         self._redone: dict[str, dict[Place, Row]] = {}
         self._num_redone = 0
+        self._new_errors = 0
 
     def __enter__(self) -> "Output":
         self._manifest.ensure(self.folder)
@@ -150,10 +152,16 @@ class Output:
         """The error rows that this run asks for again."""
         return list(self._redo)
 
+    @property
+    def num_errors(self) -> int:
+        """Error rows in the folder, counting what was taken but is not committed yet."""
+        return self.done.counts[Status.ERROR.value] + self._new_errors
+
     def add(self, outcome: Outcome) -> bool:
         """Take one outcome; True if that committed a part. Raises OutputError."""
         row = self._row(outcome)
         part = self._redo.get(row.place)
+        self._new_errors += (row.status is Status.ERROR) - (part is not None)
         if part is None:
             return self._writer.add(row) is not None
         self._redone.setdefault(part, {})[row.place] = row

@@ -19,6 +19,8 @@ from vila2.recaption.prompts import PromptSet, choose_prompts
 from vila2.recaption.stats import Progress, RunSummary, Stages, rates_of
 from vila2.recaption.work import Plan, default_decode_workers, make_loader
 
+OBSERVE_EVERY_S = 0.1
+
 Observe = Callable[[Progress], None]
 OpenModel = Callable[[RecaptionSettings], Captioner]
 
@@ -32,7 +34,8 @@ def run(
 ) -> RunSummary:
     """Caption what is not captioned yet, and leave `summary.json`.
 
-    `observe` is called often, in this thread. Raises UsageError, SourceError, CheckpointError or OutputError.
+    `observe` is called some times a second, in this thread.
+    Raises UsageError, SourceError, CheckpointError or OutputError.
     """
     stages = Stages()
     prompts = choose_prompts(settings)
@@ -70,7 +73,7 @@ class _Run:
         self.settings, self.captioner, self.output = settings, captioner, output
         self.stages, self.observe, self.interrupts = stages, observe, interrupts
         self.prompts = prompts
-        self.start = self.committed = time.monotonic()
+        self.start = self.committed = self.observed = time.monotonic()
 
     def execute(self, plan: Plan) -> RunSummary:
         """Caption what the plan names."""
@@ -123,9 +126,11 @@ class _Run:
         self.committed = time.monotonic()
 
     def _tick(self) -> None:
-        if time.monotonic() - self.committed >= self.settings.commit_seconds:
+        now = time.monotonic()
+        if now - self.committed >= self.settings.commit_seconds:
             self._commit()
-        if self.observe is not None:
+        if self.observe is not None and now - self.observed >= OBSERVE_EVERY_S:
+            self.observed = now
             self.observe(self._progress())
 
     def _progress(self) -> Progress:
@@ -172,6 +177,7 @@ class _Run:
             captions=tally.captions,
             rows=tally.rows,
             already_done=self.plan.num_done,
+            errors_in_output=self.output.num_errors,
             seconds=seconds,
             images_per_s=tally.images / seconds,
             captions_per_s=tally.captions / seconds,

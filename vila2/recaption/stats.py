@@ -64,6 +64,7 @@ class RunSummary:
     captions: int
     rows: int
     already_done: int  # rows that an earlier run had written
+    errors_in_output: int  # error rows there are now, of this run and earlier ones
     seconds: float  # from the first sample read to the last part committed; loading the model is in stage_s
     images_per_s: float
     captions_per_s: float
@@ -76,10 +77,6 @@ class RunSummary:
     rates: dict[str, float]
     stage_s: dict[str, float]  # decode_images is summed over its threads, the rest is wall time
     captioner: dict[str, float]
-
-    @property
-    def total_errors(self) -> int:
-        return self.status.get(Status.ERROR.value, 0)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -66,8 +66,7 @@ def is_complete(settings: RecaptionSettings, prompts: tuple[str, ...]) -> bool:
 
 def test_a_run_writes_every_row_once_with_a_summary(photos: Path) -> None:
     settings = make(photos, prompt=["brief", "ocr"], rows_per_part=5, round=2)
-    seen: list[Progress] = []
-    summary = go(settings, observe=seen.append)
+    summary = go(settings)
     assert is_complete(settings, ("brief", "ocr"))
     assert (summary.images, summary.captions, summary.status) == (COUNT, 2 * COUNT, {"ok": 2 * COUNT})
     stored = json.loads((Path(settings.out) / "summary.json").read_text())
@@ -78,7 +77,21 @@ def test_a_run_writes_every_row_once_with_a_summary(photos: Path) -> None:
     row = rows(settings)[0]
     assert row["original"] == "original 0"
     assert (row["width"], row["height"], row["round"], row["model_digest"]) == (11, 9, 2, "fake-digest")
-    assert seen[-1].images <= seen[-1].total_images == COUNT
+
+
+def test_progress_is_reported_with_its_bottleneck(photos: Path) -> None:
+    def answer(request: CaptionRequest) -> Caption:
+        time.sleep(0.05)
+        return echo(request)
+
+    seen: list[Progress] = []
+    go(make(photos), answer, room=1, observe=seen.append)
+    assert 3 <= len(seen) <= 8
+    last = seen[-1]
+    assert 0 < last.images <= last.total_images == COUNT
+    assert last.eta_s is not None
+    assert last.captions_per_s > 1
+    assert {progress.bottleneck for progress in seen} <= {"starting", "reading", "decode", "language"}
 
 
 def test_the_same_command_again_does_nothing_more(photos: Path) -> None:
@@ -123,13 +136,13 @@ def test_bad_images_are_rows_and_are_redone_when_asked(photos: Path) -> None:
     settings = make(photos, prompt=["brief", "ocr"], rows_per_part=5)
     summary = go(settings)
     assert summary.error_kind == {"empty_file": 2, "not_an_image": 2, "corrupt_image": 2}
-    assert summary.total_errors == 6
+    assert summary.errors_in_output == 6
     assert is_complete(settings, ("brief", "ocr"))
-    assert go(settings).images == 0
+    assert (go(settings).images, go(settings).errors_in_output) == (0, 6)
     for i in (2, 5):
         (photos / f"{i:03d}.png").write_bytes(image_bytes(i))
     again = go(make(photos, prompt=["brief", "ocr"], rows_per_part=5, retry_errors=True))
-    assert (again.images, again.status) == (3, {"ok": 4, "error": 2})
+    assert (again.images, again.status, again.errors_in_output) == (3, {"ok": 4, "error": 2}, 2)
     assert is_complete(settings, ("brief", "ocr"))
     statuses = [row["status"] for row in rows(settings)]
     assert (statuses.count("ok"), statuses.count("error")) == (22, 2)

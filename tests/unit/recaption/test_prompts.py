@@ -95,7 +95,7 @@ def test_a_template_goes_round_every_wording_but_not_into_the_question() -> None
 
 
 def test_an_unknown_prompt_names_the_nearest() -> None:
-    with pytest.raises(UsageError, match=r"'detialed' \(did you mean 'detailed'\)"):
+    with pytest.raises(UsageError, match=r"'detialed' \(did you mean 'detailed'"):
         choose_prompts(settings(prompt=["detialed"]))
 
 
