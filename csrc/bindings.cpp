@@ -1,10 +1,13 @@
-// vila2._C: the only file that knows Python. Tensors come in as they are (anything with torch's data_ptr, shape, stride,
-// dtype); each call checks type, shape and layout, releases the GIL and runs. torch itself is neither linked nor included.
+// vila2._C: the only file that knows Python. Tensors come in as they are (anything with torch's data_ptr,
+// shape, stride, dtype); each call checks type, shape and layout, releases the GIL and runs. torch itself is
+// neither linked nor included.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/ops.h"
@@ -56,10 +59,32 @@ py::object call(py::handle object, PyObject* method) {
   return py::reinterpret_steal<py::object>(value);
 }
 
+// Sizes without a heap allocation: a decoding step makes thousands of these.
+class Shape {
+ public:
+  Shape() = default;
+  explicit Shape(PyObject* tuple) : count_(static_cast<size_t>(PyTuple_GET_SIZE(tuple))) {
+    for (size_t i = 0; i < std::min(count_, kMost); ++i) {
+      sizes_[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, static_cast<Py_ssize_t>(i)));
+    }
+  }
+  static constexpr size_t kMost = 8;
+  size_t size() const { return count_; }
+  int64_t operator[](size_t i) const { return sizes_[i]; }
+  bool operator==(const Shape& other) const { return equals(other.sizes_, other.count_); }
+  bool equals(const int64_t* sizes, size_t count) const {
+    return count == count_ && std::equal(sizes_, sizes_ + count_, sizes);
+  }
+
+ private:
+  int64_t sizes_[kMost] = {};
+  size_t count_ = 0;
+};
+
 struct Tensor {
   const char* name;
   py::handle object;
-  std::vector<int64_t> shape;
+  Shape shape;
   Dtype dtype;
   void* data;
 
@@ -67,11 +92,8 @@ struct Tensor {
     static PyObject *const shape_name = interned("shape"), *const dtype_name = interned("dtype"),
                            *const pointer_name = interned("data_ptr"), *const cpu_name = interned("is_cpu");
     if (get(handle, cpu_name, name).ptr() != Py_True) fail(name, "a tensor on the CPU");
-    const py::object sizes = get(handle, shape_name, name);
-    shape.resize(static_cast<size_t>(PyTuple_GET_SIZE(sizes.ptr())));
-    for (size_t i = 0; i < shape.size(); ++i) {
-      shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), static_cast<Py_ssize_t>(i)));
-    }
+    shape = Shape(get(handle, shape_name, name).ptr());
+    if (shape.size() > Shape::kMost) fail(name, "at most 8 dimensions");
     dtype = dtype_of(get(handle, dtype_name, name).ptr());
     data = PyLong_AsVoidPtr(call(handle, pointer_name).ptr());
   }
@@ -80,8 +102,8 @@ struct Tensor {
     return std::string(py::str(object.attr("dtype"))) + " " +
            std::string(py::str(py::tuple(object.attr("shape"))));
   }
-  void require(bool condition, const std::string& expected) const {
-    if (!condition) fail(name, expected + ", got " + describe());
+  void require(bool condition, const char* expected) const {
+    if (!condition) fail(name, std::string(expected) + ", got " + describe());
   }
   const Tensor& is(Dtype wanted, const char* expected) const {
     require(dtype == wanted, expected);
@@ -93,21 +115,23 @@ struct Tensor {
     return *this;
   }
   const Tensor& sized(std::initializer_list<int64_t> wanted) const {
-    const bool same = shape.size() == wanted.size() && std::equal(shape.begin(), shape.end(), wanted.begin());
-    if (!same) {
+    if (!shape.equals(wanted.begin(), wanted.size())) {
       std::string expected = "shape (";
       for (const int64_t size : wanted) expected += std::to_string(size) + ", ";
-      require(false, expected.substr(0, expected.size() - (wanted.size() ? 2 : 0)) + ")");
+      require(false, (expected.substr(0, expected.size() - (wanted.size() ? 2 : 0)) + ")").c_str());
     }
     return *this;
   }
   const Tensor& dims(size_t count) const {
-    require(shape.size() == count, std::to_string(count) + " dimensions");
+    require(shape.size() == count, count == 2   ? "2 dimensions"
+                                   : count == 3 ? "3 dimensions"
+                                                : "4 dimensions");
     return *this;
   }
   const Tensor& like(const Tensor& other) const {
-    require(dtype == other.dtype, std::string("the type of ") + other.name);
-    require(shape == other.shape, std::string("the shape of ") + other.name);
+    if (dtype != other.dtype || !(shape == other.shape)) {
+      require(false, (std::string("the type and shape of ") + other.name).c_str());
+    }
     return *this;
   }
   Storage storage() const {
@@ -120,12 +144,13 @@ struct Tensor {
     dims(3);
     const py::object strides = call(object, method);
     const auto at = [&](int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), i)); };
-    require((shape[2] <= 1 || at(2) == 1) && (shape[1] <= 1 || at(1) == shape[2]), "dense heads within each row");
+    require((shape[2] <= 1 || at(2) == 1) && (shape[1] <= 1 || at(1) == shape[2]),
+            "dense heads within each row");
     return at(0);
   }
   int64_t width() const {
-    require(!shape.empty() && shape.back() > 0, "a last axis that is not empty");
-    return shape.back();
+    require(shape.size() > 0 && shape[shape.size() - 1] > 0, "a last axis that is not empty");
+    return shape[shape.size() - 1];
   }
   int64_t rows() const {
     int64_t count = 1;
@@ -140,8 +165,8 @@ struct Tensor {
 
 using NormOp = void (*)(const vila2::cpu::NormJob&, int64_t);
 
-void run_norm(NormOp op, const Tensor& x, const Tensor* residual, const Tensor& weight, const Tensor* bias, double eps,
-              const Tensor& y) {
+void run_norm(NormOp op, const Tensor& x, const Tensor* residual, const Tensor& weight, const Tensor* bias,
+              double eps, const Tensor& y) {
   x.contiguous();
   y.like(x).contiguous();
   for (const Tensor* vector : {&weight, bias}) {
@@ -150,10 +175,10 @@ void run_norm(NormOp op, const Tensor& x, const Tensor* residual, const Tensor& 
     vector->sized({x.width()}).contiguous();
   }
   if (residual) residual->like(x).contiguous();
-  const vila2::cpu::NormJob job{x.data,       residual ? residual->data : nullptr,
-                                weight.data,  bias ? bias->data : nullptr,
-                                y.data,       x.storage(),
-                                x.width(),    static_cast<float>(eps)};
+  const vila2::cpu::NormJob job{x.data,      residual ? residual->data : nullptr,
+                                weight.data, bias ? bias->data : nullptr,
+                                y.data,      x.storage(),
+                                x.width(),   static_cast<float>(eps)};
   const int64_t rows = x.rows();
   const py::gil_scoped_release release;
   op(job, rows);
@@ -202,16 +227,17 @@ void gelu(py::handle x_object, const std::string& kind, py::handle y_object) {
 std::array<int64_t, 4> cache_shape(const Tensor& k_cache, const Tensor& v_cache) {
   k_cache.dims(4).contiguous();
   v_cache.like(k_cache).contiguous();
-  k_cache.require(k_cache.shape[1] > 0 && k_cache.shape[2] > 0 && k_cache.shape[3] > 0, "heads, slots and a width");
+  k_cache.require(k_cache.shape[1] > 0 && k_cache.shape[2] > 0 && k_cache.shape[3] > 0,
+                  "heads, slots and a width");
   return {k_cache.shape[0], k_cache.shape[1], k_cache.shape[2], k_cache.shape[3]};
 }
 
 void rope_store(py::handle q_object, py::handle k_object, py::handle v_object, py::handle positions_object,
-                py::handle slots_object, py::handle cos_object, py::handle sin_object, py::handle k_cache_object,
-                py::handle v_cache_object, py::handle q_out_object) {
+                py::handle slots_object, py::handle cos_object, py::handle sin_object,
+                py::handle k_cache_object, py::handle v_cache_object, py::handle q_out_object) {
   const Tensor q(q_object, "q"), k(k_object, "k"), v(v_object, "v"), positions(positions_object, "positions"),
-      slots(slots_object, "slots"), cos(cos_object, "cos"), sin(sin_object, "sin"), k_cache(k_cache_object, "k_cache"),
-      v_cache(v_cache_object, "v_cache"), q_out(q_out_object, "q_out");
+      slots(slots_object, "slots"), cos(cos_object, "cos"), sin(sin_object, "sin"),
+      k_cache(k_cache_object, "k_cache"), v_cache(v_cache_object, "v_cache"), q_out(q_out_object, "q_out");
   const auto [num_blocks, kv_heads, block_size, dim] = cache_shape(k_cache, v_cache);
   q.dims(3);
   const int64_t tokens = q.shape[0], heads = q.shape[1];
@@ -226,8 +252,10 @@ void rope_store(py::handle q_object, py::handle k_object, py::handle v_object, p
   sin.like(cos).contiguous();
   for (int64_t t = 0; t < tokens; ++t) {
     const int64_t position = positions.as<int64_t>()[t], slot = slots.as<int64_t>()[t];
-    if (position < 0 || position >= cos.shape[0]) fail("positions", "rows of cos, got " + std::to_string(position));
-    if (slot < 0 || slot >= num_blocks * block_size) fail("slots", "slots of the cache, got " + std::to_string(slot));
+    if (position < 0 || position >= cos.shape[0])
+      fail("positions", "rows of cos, got " + std::to_string(position));
+    if (slot < 0 || slot >= num_blocks * block_size)
+      fail("slots", "slots of the cache, got " + std::to_string(slot));
   }
   const vila2::cpu::RopeJob job{q.data,
                                 k.data,
@@ -253,7 +281,8 @@ void rope_store(py::handle q_object, py::handle k_object, py::handle v_object, p
 }
 
 // Every block that the kernel will read exists, and every sequence's queries lie within its context.
-void check_batch(const vila2::cpu::AttentionBatch& batch, int64_t tokens, int64_t num_blocks, int64_t block_size) {
+void check_batch(const vila2::cpu::AttentionBatch& batch, int64_t tokens, int64_t num_blocks,
+                 int64_t block_size) {
   if (batch.query_starts[0] != 0 || batch.query_starts[batch.sequences] != tokens) {
     fail("query_starts", "0 first and the number of rows of q last");
   }
@@ -263,12 +292,13 @@ void check_batch(const vila2::cpu::AttentionBatch& batch, int64_t tokens, int64_
     if (queries == 0) continue;
     const int64_t blocks = (length + block_size - 1) / block_size;
     if (length < queries || blocks > batch.max_blocks) {
-      fail("context_lens", "at least the sequence's queries and at most its table's blocks, got " +
-                               std::to_string(length));
+      fail("context_lens",
+           "at least the sequence's queries and at most its table's blocks, got " + std::to_string(length));
     }
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t block = batch.block_tables[s * batch.max_blocks + b];
-      if (block < 0 || block >= num_blocks) fail("block_tables", "blocks of the cache, got " + std::to_string(block));
+      if (block < 0 || block >= num_blocks)
+        fail("block_tables", "blocks of the cache, got " + std::to_string(block));
     }
   }
 }
@@ -277,8 +307,8 @@ void paged_attention(py::handle q_object, py::handle k_cache_object, py::handle 
                      py::handle tables_object, py::handle starts_object, py::handle lens_object, double scale,
                      py::handle out_object) {
   const Tensor q(q_object, "q"), k_cache(k_cache_object, "k_cache"), v_cache(v_cache_object, "v_cache"),
-      tables(tables_object, "block_tables"), starts(starts_object, "query_starts"), lens(lens_object, "context_lens"),
-      out(out_object, "out");
+      tables(tables_object, "block_tables"), starts(starts_object, "query_starts"),
+      lens(lens_object, "context_lens"), out(out_object, "out");
   const auto [num_blocks, kv_heads, block_size, dim] = cache_shape(k_cache, v_cache);
   q.dims(3);
   const int64_t tokens = q.shape[0], heads = q.shape[1];
@@ -291,9 +321,9 @@ void paged_attention(py::handle q_object, py::handle k_cache_object, py::handle 
   const vila2::cpu::AttentionBatch batch{tables.as<int32_t>(), starts.as<int32_t>(), lens.as<int32_t>(),
                                          tables.shape[0], tables.shape[1]};
   check_batch(batch, tokens, num_blocks, block_size);
-  const vila2::cpu::AttentionJob job{q.data,        q.row_stride(), q.storage(),        k_cache.data,
-                                     v_cache.data,  k_cache.storage(), out.data,        heads,
-                                     kv_heads,      dim,            block_size,         static_cast<float>(scale)};
+  const vila2::cpu::AttentionJob job{
+      q.data,   q.row_stride(), q.storage(), k_cache.data, v_cache.data, k_cache.storage(),
+      out.data, heads,          kv_heads,    dim,          block_size,   static_cast<float>(scale)};
   const py::gil_scoped_release release;
   vila2::cpu::attention(job, batch);
 }
@@ -318,7 +348,11 @@ vila2::cpu::PackedWeights pack(py::handle weight_object, py::object bias_object,
   if (storage != "float32" && storage != "bfloat16") fail("storage", "float32 or bfloat16, got " + storage);
   const float* bias = nullptr;
   if (!bias_object.is_none()) {
-    bias = Tensor(bias_object, "bias").is(Dtype::kFloat32, "float32").sized({weight.shape[0]}).contiguous().as<float>();
+    bias = Tensor(bias_object, "bias")
+               .is(Dtype::kFloat32, "float32")
+               .sized({weight.shape[0]})
+               .contiguous()
+               .as<float>();
   }
   const Storage kind = storage == "float32" ? Storage::kFloat32 : Storage::kBfloat16;
   const py::gil_scoped_release release;
@@ -327,9 +361,12 @@ vila2::cpu::PackedWeights pack(py::handle weight_object, py::object bias_object,
 
 void linear(const vila2::cpu::PackedWeights& weights, py::handle x_object, py::handle y_object) {
   const Tensor x(x_object, "x"), y(y_object, "y");
-  x.is(Dtype::kFloat32, "float32").contiguous().require(x.width() == weights.depth(), "the depth of the weights");
+  x.is(Dtype::kFloat32, "float32")
+      .contiguous()
+      .require(x.width() == weights.depth(), "the depth of the weights");
   y.is(Dtype::kFloat32, "float32").contiguous();
-  y.require(y.width() == weights.columns() && y.rows() == x.rows(), "the rows of x and the columns of the weights");
+  y.require(y.width() == weights.columns() && y.rows() == x.rows(),
+            "the rows of x and the columns of the weights");
   const int64_t rows = x.rows();
   const py::gil_scoped_release release;
   weights.multiply(x.as<float>(), y.as<float>(), rows);

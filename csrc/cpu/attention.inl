@@ -1,7 +1,8 @@
 // Causal attention over paged keys and values, with an online softmax in float32.
 //
-// Keys are taken kKeyTile at a time from the start of the context. A row (a token's query head) sees the same tiles in
-// the same order whoever shares its call, and masked scores weigh exactly 0, so its result depends on nothing else.
+// Keys are taken kKeyTile at a time from the start of the context. A row (a token's query head) sees the same
+// tiles in the same order whoever shares its call, and masked scores weigh exactly 0, so its result depends
+// on nothing else.
 
 struct AttentionScratch {
   int64_t stride;  // head_dim, rounded up to whole vectors; what is beyond head_dim is zero
@@ -18,7 +19,8 @@ inline void copy_padded(const T* from, float* to, int64_t count, int64_t stride)
   for (int64_t i = (count + kLanes - 1) / kLanes * kLanes; i < stride; i += kLanes) store(to + i, zero());
 }
 
-// ROWS queries against groups of four keys; every score is one chain over the dimension, then one tree of sums.
+// ROWS queries against groups of four keys; every score is one chain over the dimension, then one tree of
+// sums.
 template <int ROWS, int GROUPS, class T>
 inline void score(const float* queries, int64_t stride, const T* const* keys, float* scores) {
   Vec sums[ROWS][4 * GROUPS];
@@ -92,8 +94,10 @@ inline void accumulate_rows(const AttentionScratch& s, int64_t row, const T* con
   const float* weights = s.scores + row * kKeyTile;
   float* sums = s.sums + row * s.stride;
   int64_t d = 0;
-  for (; d + 4 * kLanes <= s.stride; d += 4 * kLanes) accumulate<ROWS, 4>(weights, values, count, d, sums, s.stride);
-  for (; d + 2 * kLanes <= s.stride; d += 2 * kLanes) accumulate<ROWS, 2>(weights, values, count, d, sums, s.stride);
+  for (; d + 4 * kLanes <= s.stride; d += 4 * kLanes)
+    accumulate<ROWS, 4>(weights, values, count, d, sums, s.stride);
+  for (; d + 2 * kLanes <= s.stride; d += 2 * kLanes)
+    accumulate<ROWS, 2>(weights, values, count, d, sums, s.stride);
   for (; d < s.stride; d += kLanes) accumulate<ROWS, 1>(weights, values, count, d, sums, s.stride);
 }
 
@@ -141,12 +145,13 @@ inline void attend_keys(const AttentionScratch& s, int64_t rows, int64_t heads, 
   if (rows - row == 1) accumulate_rows<1>(s, row, values, count);
 }
 
-inline void attend_tile(const AttentionJob& job, const AttentionTile& tile, const AttentionScratch& s, int64_t first,
-                        int64_t count) {
+inline void attend_tile(const AttentionJob& job, const AttentionTile& tile, const AttentionScratch& s,
+                        int64_t first, int64_t count) {
   const int64_t kv_head = tile.head / (job.heads / job.kv_heads);
   int64_t offsets[kKeyTile];
   for (int64_t j = 0; j < kKeyTile; ++j) {
-    const int64_t at = first + (j < count ? j : count - 1);  // groups of four may run past the last key: repeat it
+    const int64_t at =
+        first + (j < count ? j : count - 1);  // groups of four may run past the last key: repeat it
     const int64_t block = tile.block_table[at / job.block_size];
     offsets[j] = ((block * job.kv_heads + kv_head) * job.block_size + at % job.block_size) * job.dim;
   }
@@ -176,11 +181,15 @@ inline void attend_tile(const AttentionJob& job, const AttentionTile& tile, cons
     }
     for (int64_t j = 0; j < count; ++j) {
       if (job.cache_storage == Storage::kFloat32) {
-        copy_padded(static_cast<const float*>(job.k_cache) + offsets[j], s.keys + j * s.stride, job.dim, s.stride);
-        copy_padded(static_cast<const float*>(job.v_cache) + offsets[j], s.values + j * s.stride, job.dim, s.stride);
+        copy_padded(static_cast<const float*>(job.k_cache) + offsets[j], s.keys + j * s.stride, job.dim,
+                    s.stride);
+        copy_padded(static_cast<const float*>(job.v_cache) + offsets[j], s.values + j * s.stride, job.dim,
+                    s.stride);
       } else {
-        copy_padded(static_cast<const bf16*>(job.k_cache) + offsets[j], s.keys + j * s.stride, job.dim, s.stride);
-        copy_padded(static_cast<const bf16*>(job.v_cache) + offsets[j], s.values + j * s.stride, job.dim, s.stride);
+        copy_padded(static_cast<const bf16*>(job.k_cache) + offsets[j], s.keys + j * s.stride, job.dim,
+                    s.stride);
+        copy_padded(static_cast<const bf16*>(job.v_cache) + offsets[j], s.values + j * s.stride, job.dim,
+                    s.stride);
       }
     }
   }

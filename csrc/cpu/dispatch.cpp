@@ -12,8 +12,8 @@ namespace vila2::cpu {
 namespace {
 
 #if defined(VILA2_X86)
-// The compiler's own check knows no AMX before gcc 13. Leaf 7: EDX bit 22 is AMX-BF16; whether the system lets a process
-// use the tiles is not asked, as torch does that.
+// The compiler's own check knows no AMX before gcc 13. Leaf 7: EDX bit 22 is AMX-BF16; whether the system
+// lets a process use the tiles is not asked, as torch does that.
 bool has_amx_bf16() {
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);

@@ -1,7 +1,8 @@
 // What a kernel is: one table of function pointers per instruction set, chosen once at run time.
 //
-// A kernel sees pointers and sizes; it never allocates, throws, starts threads or touches Python. The algorithms are
-// written once, in the .inl files, over the small Vec interface of vec_<isa>.inl, and compiled once per table.
+// A kernel sees pointers and sizes; it never allocates, throws, starts threads or touches Python. The
+// algorithms are written once, in the .inl files, over the small Vec interface of vec_<isa>.inl, and compiled
+// once per table.
 #pragma once
 
 #include <cstdint>
@@ -14,10 +15,11 @@ struct bf16 {
 
 enum class Storage { kFloat32, kBfloat16 };
 
-inline constexpr int64_t kKeyTile = 64;        // keys per step of the online softmax; part of what a result is
+inline constexpr int64_t kKeyTile = 64;  // keys per step of the online softmax; part of what a result is
 inline constexpr int64_t kAttentionRows = 48;  // most (token, head) rows that one attention call takes
 inline constexpr int64_t kMaxHeadDim = 256;
-inline constexpr int64_t kDepthBlock = 256;  // of a linear: a weight panel of this depth stays in the L1 cache
+inline constexpr int64_t kDepthBlock =
+    256;  // of a linear: a weight panel of this depth stays in the L1 cache
 
 // y = x @ weight.T + bias with weights in panels (panel, depth, panel_width); see linear.inl.
 struct LinearJob {
@@ -73,8 +75,8 @@ struct AttentionJob {
   float scale;
 };
 
-// Query tokens [token, token + tokens), at positions [position, ...), times query heads [head, head + heads), all of
-// which read the same KV head; at most kAttentionRows rows.
+// Query tokens [token, token + tokens), at positions [position, ...), times query heads [head, head + heads),
+// all of which read the same KV head; at most kAttentionRows rows.
 struct AttentionTile {
   const int32_t* block_table;
   int64_t token, tokens, position, head, heads;
@@ -85,7 +87,8 @@ struct Kernels {
   int64_t panel_width;
   int64_t attention_scratch;  // floats
   int64_t linear_scratch;     // floats
-  void (*pack)(const float* weight, int64_t columns, int64_t depth, void* panels, Storage storage, int64_t panel);
+  void (*pack)(const float* weight, int64_t columns, int64_t depth, void* panels, Storage storage,
+               int64_t panel);
   void (*linear)(const LinearJob& job, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end,
                  float* scratch);
   void (*rms_norm)(const NormJob& job, int64_t row, int64_t row_end);
@@ -101,8 +104,8 @@ extern const Kernels kScalar;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 
-// The table in use: the best that this CPU runs, or the one VILA2_CPU_ISA names. Throws std::runtime_error for a
-// name that is unknown or that this CPU cannot run.
+// The table in use: the best that this CPU runs, or the one VILA2_CPU_ISA names. Throws std::runtime_error
+// for a name that is unknown or that this CPU cannot run.
 const Kernels& kernels();
 
 // What the CPU offers, whichever table is in use.

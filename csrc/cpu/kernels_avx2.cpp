@@ -1,23 +1,26 @@
-// The avx2 table. Everything here but the table has internal linkage: a function that the linker could share with
-// another file would be compiled for this instruction set and might run on a CPU that lacks it.
+// The avx2 table. Everything here but the table has internal linkage: a function that the linker could share
+// with another file would be compiled for this instruction set and might run on a CPU that lacks it.
 #include <immintrin.h>
+
 #include "cpu/kernels.h"
 
 namespace vila2::cpu {
 namespace {
 
+// clang-format off: in the order of use
 #include "cpu/vec_avx2.inl"
-// The order matters: the kernels use Vec and math.inl.
 #include "cpu/math.inl"
 #include "cpu/rows.inl"
 #include "cpu/linear.inl"
 #include "cpu/attention.inl"
+// clang-format on
 
 }  // namespace
 
 extern const Kernels kAvx2 = {
-    "avx2", kPanel,       kAttentionScratch, kDepthBlock * kPanel, pack, linear, rms_norm, add_rms_norm,
-    layer_norm, silu_mul, gelu, rope_store, attention,
+    "avx2", kPanel,     kAttentionScratch, kDepthBlock * kPanel, pack,
+    linear, rms_norm,   add_rms_norm,      layer_norm,           silu_mul,
+    gelu,   rope_store, attention,
 };
 
 }  // namespace vila2::cpu

@@ -1,23 +1,25 @@
-// The scalar table. Everything here but the table has internal linkage: a function that the linker could share with
-// another file would be compiled for this instruction set and might run on a CPU that lacks it.
+// The scalar table. Everything here but the table has internal linkage: a function that the linker could
+// share with another file would be compiled for this instruction set and might run on a CPU that lacks it.
 
 #include "cpu/kernels.h"
 
 namespace vila2::cpu {
 namespace {
 
+// clang-format off: in the order of use
 #include "cpu/vec_scalar.inl"
-// The order matters: the kernels use Vec and math.inl.
 #include "cpu/math.inl"
 #include "cpu/rows.inl"
 #include "cpu/linear.inl"
 #include "cpu/attention.inl"
+// clang-format on
 
 }  // namespace
 
 extern const Kernels kScalar = {
-    "scalar", kPanel,       kAttentionScratch, kDepthBlock * kPanel, pack, linear, rms_norm, add_rms_norm,
-    layer_norm, silu_mul, gelu, rope_store, attention,
+    "scalar", kPanel,     kAttentionScratch, kDepthBlock * kPanel, pack,
+    linear,   rms_norm,   add_rms_norm,      layer_norm,           silu_mul,
+    gelu,     rope_store, attention,
 };
 
 }  // namespace vila2::cpu

@@ -1,11 +1,13 @@
 // y = x @ weight.T + bias over packed weights.
 //
-// A panel holds kPanel columns: for each depth k, their kPanel weights side by side (as bfloat16 the two vectors of a
-// row alternate, see load_pair). Every output is one chain of fused multiply-adds from the bias up through k = 0, 1, ...:
-// the tiles, blocks and threads below only choose which chains run beside each other, so no output bit depends on them.
+// A panel holds kPanel columns: for each depth k, their kPanel weights side by side (as bfloat16 the two
+// vectors of a row alternate, see load_pair). Every output is one chain of fused multiply-adds from the bias
+// up through k = 0, 1, ...: the tiles, blocks and threads below only choose which chains run beside each
+// other, so no output bit depends on them.
 
 constexpr int kPanel = 2 * kLanes;
-constexpr int kPrefetch = 512;  // bytes ahead: a single row streams weights faster than the hardware fetches them
+constexpr int kPrefetch =
+    512;  // bytes ahead: a single row streams weights faster than the hardware fetches them
 
 inline void load_weights(const float* p, Vec& low, Vec& high) {
   low = load(p);
@@ -31,8 +33,8 @@ void pack(const float* weight, int64_t columns, int64_t depth, void* panels, Sto
   }
 }
 
-// ROWS rows of x against PANELS panels over `depth` steps. The sums start from `start` (rows start_stride apart; null
-// is zero), which is the bias, or y itself after an earlier block of the depth.
+// ROWS rows of x against PANELS panels over `depth` steps. The sums start from `start` (rows start_stride
+// apart; null is zero), which is the bias, or y itself after an earlier block of the depth.
 template <int ROWS, int PANELS, class T>
 inline void multiply(const float* x, int64_t x_stride, const T* panels, int64_t panel_stride, int64_t depth,
                      const float* start, int64_t start_stride, float* y, int64_t y_stride) {
@@ -67,11 +69,12 @@ inline void multiply(const float* x, int64_t x_stride, const T* panels, int64_t 
 }
 
 template <int PANELS, class T>
-inline void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const T* panels, int64_t panel_stride,
-                          int64_t depth, const float* start, int64_t start_stride, float* y, int64_t y_stride) {
-#define VILA2_ROWS(n)         \
-  case n:                     \
-    if constexpr (n <= kTileRows) \
+inline void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const T* panels,
+                          int64_t panel_stride, int64_t depth, const float* start, int64_t start_stride,
+                          float* y, int64_t y_stride) {
+#define VILA2_ROWS(n)                                                                                     \
+  case n:                                                                                                 \
+    if constexpr (n <= kTileRows)                                                                         \
       multiply<n, PANELS, T>(x, x_stride, panels, panel_stride, depth, start, start_stride, y, y_stride); \
     return
   switch (rows) {
@@ -130,8 +133,8 @@ inline const float* as_float(const bf16* weights, int64_t depth, float* scratch)
 }
 
 template <class T>
-inline void linear_panels(const LinearJob& job, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end,
-                          float* scratch) {
+inline void linear_panels(const LinearJob& job, int64_t row, int64_t row_end, int64_t panel,
+                          int64_t panel_end, float* scratch) {
   const T* panels = static_cast<const T*>(job.panels);
   const int64_t rows = row_end - row, panel_size = job.depth * kPanel;
   if (rows <= kTileRows) {
@@ -170,7 +173,8 @@ inline void linear_panels(const LinearJob& job, int64_t row, int64_t row_end, in
   }
 }
 
-void linear(const LinearJob& job, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, float* scratch) {
+void linear(const LinearJob& job, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end,
+            float* scratch) {
   (job.storage == Storage::kFloat32 ? linear_panels<float> : linear_panels<bf16>)(job, row, row_end, panel,
                                                                                   panel_end, scratch);
 }

@@ -24,8 +24,7 @@ template <class Body>
 inline void for_each_vec(int64_t count, Body body) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    body(
-        i, [](const auto* p) { return load(p); }, [](auto* p, Vec v) { store(p, v); });
+    body(i, [](const auto* p) { return load(p); }, [](auto* p, Vec v) { store(p, v); });
   }
   if (i < count) {
     const int64_t left = count - i;

@@ -12,7 +12,7 @@ namespace vila2::cpu {
 namespace {
 
 constexpr int64_t kSerialElements = 16384;  // below this, waking a thread costs more than the work
-constexpr int64_t kTasksPerThread = 4;      // so that a thread that loses its core for a while holds up little
+constexpr int64_t kTasksPerThread = 4;  // so that a thread that loses its core for a while holds up little
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -25,9 +25,8 @@ void split(void (*kernel)(const Job&, int64_t, int64_t), const Job& job, int64_t
   }
   const int64_t chunk =
       std::max(ceil_div(kSerialElements / 4, cost), ceil_div(count, num_threads() * kTasksPerThread));
-  parallel_for(ceil_div(count, chunk), [&](int64_t i) {
-    kernel(job, i * chunk, std::min(count, (i + 1) * chunk));
-  });
+  parallel_for(ceil_div(count, chunk),
+               [&](int64_t i) { kernel(job, i * chunk, std::min(count, (i + 1) * chunk)); });
 }
 
 }  // namespace
@@ -63,8 +62,10 @@ void attention(const AttentionJob& job, const AttentionBatch& batch) {
   for (int64_t s = 0; s < batch.sequences; ++s) {
     const int64_t start = batch.query_starts[s], end = batch.query_starts[s + 1];
     const int64_t past = batch.context_lens[s] - (end - start);
-    // The last tokens have the longest contexts: they go first, so that no thread is left with one at the end.
-    for (int64_t token = start + (end - start - 1) / tokens * tokens; end > start && token >= start; token -= tokens) {
+    // The last tokens have the longest contexts: they go first, so that no thread is left with one at the
+    // end.
+    for (int64_t token = start + (end - start - 1) / tokens * tokens; end > start && token >= start;
+         token -= tokens) {
       for (int64_t head = 0; head < job.heads; head += group) {
         for (int64_t h = head; h < head + group; h += heads) {
           tiles.push_back({batch.block_tables + s * batch.max_blocks, token, std::min(tokens, end - token),
@@ -115,17 +116,21 @@ void image_patches(const PatchJob& job) {
 
 void PackedWeights::Free::operator()(void* memory) const { std::free(memory); }
 
-PackedWeights::PackedWeights(const float* weight, const float* bias, int64_t columns, int64_t depth, Storage storage)
+PackedWeights::PackedWeights(const float* weight, const float* bias, int64_t columns, int64_t depth,
+                             Storage storage)
     : columns_(columns), depth_(depth), storage_(storage) {
   const int64_t width = kernels().panel_width;
   panels_ = ceil_div(columns, width);
-  weights_.reset(std::aligned_alloc(64, static_cast<size_t>(std::max<int64_t>(64, ceil_div(bytes(), 64) * 64))));
+  weights_.reset(
+      std::aligned_alloc(64, static_cast<size_t>(std::max<int64_t>(64, ceil_div(bytes(), 64) * 64))));
   if (!weights_) throw std::bad_alloc();
   if (bias) {
     bias_.reset(new float[static_cast<size_t>(panels_ * width)]());
     std::memcpy(bias_.get(), bias, static_cast<size_t>(columns) * sizeof(float));
   }
-  parallel_for(panels_, [&](int64_t panel) { kernels().pack(weight, columns, depth, weights_.get(), storage, panel); });
+  parallel_for(panels_, [&](int64_t panel) {
+    kernels().pack(weight, columns, depth, weights_.get(), storage, panel);
+  });
 }
 
 int64_t PackedWeights::bytes() const {

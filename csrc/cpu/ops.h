@@ -24,8 +24,8 @@ struct AttentionBatch {
 };
 void attention(const AttentionJob& job, const AttentionBatch& batch);
 
-// Images (count, height, width, 3) to patches (count, rows * columns, 3 * patch * patch): each byte goes through the
-// table of its channel (3, 256), which holds the normalised values.
+// Images (count, height, width, 3) to patches (count, rows * columns, 3 * patch * patch): each byte goes
+// through the table of its channel (3, 256), which holds the normalised values.
 struct PatchJob {
   const uint8_t* images;
   int64_t count, height, width, patch;

@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -33,12 +35,19 @@ void work_on(void* region_pointer) {
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
+GompParallel find_gomp_parallel() {
+  const char* forced = std::getenv("VILA2_CPU_POOL");
+  if (forced && std::string(forced) == "own") return nullptr;
+  return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+}
+
 GompParallel gomp_parallel() {
-  static const auto found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  static const GompParallel found = find_gomp_parallel();
   return found;
 }
 
-// Workers that sleep between regions, after a short spin that covers the gap between two operations of a layer.
+// Workers that sleep between regions, after a short spin that covers the gap between two operations of a
+// layer.
 class Pool {
  public:
   explicit Pool(int workers) {

@@ -25,7 +25,8 @@ void rms_norm_rows(const NormJob& job, int64_t row, int64_t row_end) {
       squares = fma(v, v, squares);
     });
     const float scale = 1.f / __builtin_sqrtf(sum(squares) / static_cast<float>(job.width) + job.eps);
-    normalize_row(x, static_cast<const T*>(job.weight), static_cast<T*>(job.y) + row * job.width, job.width, scale);
+    normalize_row(x, static_cast<const T*>(job.weight), static_cast<T*>(job.y) + row * job.width, job.width,
+                  scale);
   }
 }
 

@@ -1,4 +1,5 @@
-// Vec for any CPU: four lanes of the compiler's own vectors, so that the baseline's unit (SSE2, NEON) is used.
+// Vec for any CPU: four lanes of the compiler's own vectors, so that the baseline's unit (SSE2, NEON) is
+// used.
 
 constexpr int kLanes = 4;
 constexpr int kTileRows = 6;

@@ -14,10 +14,6 @@ from vila2.ops.rope import apply_rope_reference
 MAX_HEAD_DIM = 256  # what the kernels of `_C` have room for
 
 
-def _has_dense_heads(x: Tensor) -> bool:
-    return x.stride()[1:] == (x.shape[2], 1)
-
-
 def rope_store_reference(
     q: Tensor,
     k: Tensor,
@@ -88,9 +84,10 @@ def rope_store(
 ) -> Tensor:
     """Rotate q and k, store k and v; returns q rotated, (T, H, D). q, k and v may be slices of one tensor.
 
-    Shapes as in `rope_store_reference`; raises ValueError for a position or a slot out of range (on the CPU).
+    Shapes as in `rope_store_reference`. Raises ValueError for a position or a slot out of range, and for heads
+    that do not lie side by side (on the CPU).
     """
-    if is_native(q, k, v) and is_native(k_cache, v_cache) and all(map(_has_dense_heads, (q, k, v))):
+    if is_native(q, k, v) and is_native(k_cache, v_cache):
         rotated = q.new_empty(q.shape)
         native.rope_store(q, k, v, positions, slots, cos, sin, k_cache, v_cache, rotated)
         return rotated
@@ -110,7 +107,7 @@ def paged_attention(
 
     Raises ValueError for a block or a length out of range (on the CPU).
     """
-    if is_native(q) and is_native(k_cache, v_cache) and q.shape[-1] <= MAX_HEAD_DIM and _has_dense_heads(q):
+    if is_native(q) and is_native(k_cache, v_cache) and q.shape[-1] <= MAX_HEAD_DIM:
         tokens, heads, dim = q.shape
         out = q.new_empty(tokens, heads * dim)
         native.paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens, scale, out)

@@ -42,9 +42,16 @@ def linear(x: Tensor, weights: "PackedWeights") -> Tensor:
     """
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("packed weights give no gradient: call pack_linears on a model for inference only")
-    y = torch.empty(*x.shape[:-1], weights.columns)
-    weights.multiply(x.float().contiguous(), y)
-    return y.to(x.dtype)
+    if x.dtype != torch.float32:
+        return linear(x.float(), weights).to(x.dtype)
+    x = x.contiguous()
+    y = (
+        x.new_empty(x.shape[0], weights.columns)
+        if x.dim() == 2
+        else x.new_empty(*x.shape[:-1], weights.columns)
+    )
+    weights.multiply(x, y)
+    return y
 
 
 class Linear(nn.Linear):

@@ -22,18 +22,22 @@ if native is not None:
     native.set_num_threads(torch.get_num_threads())
 
 
-def is_native(*tensors: Tensor) -> bool:
-    """True if `_C` can take these tensors: on the CPU, all float32 or all bfloat16, and no gradient is wanted."""
-    if native is None:
+def is_native(first: Tensor, *others: Tensor) -> bool:
+    """True if `_C` can take these tensors: on the CPU, all float32 or all bfloat16, and no gradient is wanted.
+
+    Called for every operation of every layer: reads as little as it can. `_C` itself refuses a mix of devices.
+    """
+    if native is None or not first.is_cpu:
         return False
-    dtype = tensors[0].dtype
+    dtype = first.dtype
     if dtype not in _KERNEL_TYPES:
         return False
-    wants_grad = torch.is_grad_enabled()
-    for tensor in tensors:
-        if not tensor.is_cpu or tensor.dtype != dtype or (wants_grad and tensor.requires_grad):
+    for other in others:
+        if other.dtype != dtype:
             return False
-    return True
+    if not torch.is_grad_enabled():
+        return True
+    return not (first.requires_grad or any(other.requires_grad for other in others))
 
 
 @dataclass(frozen=True, slots=True)
