@@ -17,8 +17,8 @@ from vila2.errors import UsageError
 from vila2.model.checkpoint import LoadedCheckpoint, load_checkpoint
 from vila2.model.images import PreparedImage
 from vila2.model.prompt import build_prompt, check_template
-from vila2.ops.native import capabilities
 from vila2.ops.linear import pack_linears
+from vila2.ops.native import capabilities
 from vila2.ops.threads import set_threads
 from vila2.types import Caption, CaptionRequest, ErrorKind, FinishReason, SampleError
 
@@ -122,19 +122,21 @@ class NativeCaptioner:
             prompt = build_prompt(
                 self.template, request.prompt, images, self.checkpoint.tokenizer, self.checkpoint.config
             )
-            self.engine.add(
-                EngineRequest(
-                    id=request.id,
-                    token_ids=tuple(prompt.token_ids),
-                    spans=tuple(_spans(prompt.image_spans, images)),
-                    images=tuple(images),
-                    sampling=request.sampling,
-                    header_length=prompt.header_length,
-                    image_key=request.image_key,
-                    num_siblings=request.num_siblings,
-                    rng_key=request.rng_key,
-                )
-            )
+        except ValueError as error:
+            return SampleError(ErrorKind.BAD_PROMPT, str(error))
+        engine_request = EngineRequest(
+            id=request.id,
+            token_ids=tuple(prompt.token_ids),
+            spans=tuple(_spans(prompt.image_spans, images)),
+            images=tuple(images),
+            sampling=request.sampling,
+            header_length=prompt.header_length,
+            image_key=request.image_key,
+            num_siblings=request.num_siblings,
+            rng_key=request.rng_key,
+        )
+        try:
+            self.engine.add(engine_request)
         except ValueError as error:
             return SampleError(ErrorKind.PROMPT_TOO_LONG, str(error))
         self._under_way[request.id] = request

@@ -1,9 +1,11 @@
 """Runs what the scheduler chose: builds the batch's tensors, calls the model, owns the KV cache's memory."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vila2.engine.blocks import BlockCopy
@@ -111,7 +113,7 @@ class ModelRunner:
                 tables[i, here // self.block_size].astype(np.int64) * self.block_size + here % self.block_size
             )
 
-        def tensor(array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+        def tensor(array: NDArray[Any]) -> Tensor:
             return torch.from_numpy(array).to(self.device)
 
         return PagedAttend(
