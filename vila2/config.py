@@ -24,6 +24,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "bf16", "int8", "fp8", "int4"]
 Truncation = Literal["trim", "mark"]
 Orientation = Literal["apply", "ignore"]
+Resize = Literal["exact", "fast"]
 
 # What each backend runs today; anything else is refused before a checkpoint is read.
 BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"native": ("float32", "bf16")}
@@ -98,6 +99,7 @@ class RecaptionSettings(_Settings):
     min_side: Annotated[int, DECIDES, Field(ge=1)] = 4
     max_aspect: Annotated[float, DECIDES, Field(ge=1)] = 100.0
     orientation: Annotated[Orientation, DECIDES] = "apply"
+    resize: Annotated[Resize, DECIDES] = "exact"  # Pillow's own pixels, or torch's, at most two grey levels away
 
     # How much, and whose share.
     limit: Annotated[int | None, Field(ge=1)] = None

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +187,7 @@ def open_native(settings: RecaptionSettings) -> NativeCaptioner:
         threads=settings.threads,
         deterministic=settings.deterministic,
         max_new_tokens=settings.max_new_tokens,
+        resize=settings.resize,
     )
 
 
@@ -200,11 +201,13 @@ def open_checkpoint(
     threads: int | None = None,
     deterministic: bool = False,
     max_new_tokens: int = 256,
+    resize: str = "exact",
 ) -> NativeCaptioner:
     """Load a checkpoint and build an engine for it.
 
     `batch_size` is the number of sequences decoded together (default: by the device and its memory);
-    `max_new_tokens` is only the usual length, by which the cache is sized.
+    `max_new_tokens` is only the usual length, by which the cache is sized; `resize` is exact (Pillow's pixels)
+    or fast (see `ImageProcessor.exact`).
     """
     device = resolve_device(device)
     plan = plan_compute(device, precision, deterministic, capabilities().fast_bf16)
@@ -212,6 +215,8 @@ def open_checkpoint(
         check_template(template)
     set_threads(threads or available_cores())
     checkpoint = load_checkpoint(path, dtype=plan.model_dtype, device=device)
+    processor = replace(checkpoint.image_processor, exact=resize == "exact")
+    checkpoint = replace(checkpoint, image_processor=processor)
     if plan.packed_dtype is not None:
         pack_linears(checkpoint.model, plan.packed_dtype)
     limits = size_engine(checkpoint, plan, device, batch_size, max_new_tokens)

@@ -27,7 +27,7 @@ click.rich_click.OPTION_GROUPS["*recaption"] = [
             "--retry", "--no-retry", "--truncation", "--ignore-eos", "--deterministic",
         ],
     },
-    {"name": "Which images", "options": ["--max-pixels", "--min-side", "--max-aspect", "--orientation"]},
+    {"name": "Which images", "options": ["--max-pixels", "--min-side", "--max-aspect", "--orientation", "--resize"]},
     {
         "name": "Machine and scale",
         "options": [
@@ -101,6 +101,11 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
 )
 @click.option(
     "--orientation", type=click.Choice(["apply", "ignore"]), help="What to do with EXIF orientation. [apply]"
+)
+@click.option(
+    "--resize",
+    type=click.Choice(["exact", "fast"]),
+    help="Pillow's own pixels, or 2 to 10 times faster and at most 2 grey levels away. [exact]",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[auto]")
 @click.option(
