@@ -84,7 +84,7 @@ def run_sampled(command: list[str], interval_s: float) -> tuple[list[tuple[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--no-row", action="store_true", help="print only; leave bench/results alone")
     args = parser.parse_args()
 

@@ -17,6 +17,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 SPECIALS = ["<unk>", "<|im_start|>", "<|im_end|>", "<image>"]
 CHAT_TEMPLATE = (
@@ -44,6 +45,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build(out: Path) -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     vision = CLIPVisionConfig(
