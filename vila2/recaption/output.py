@@ -16,7 +16,7 @@ from vila2 import __version__
 from vila2.backends import Captioner
 from vila2.config import RecaptionSettings
 from vila2.data.done import DoneSet
-from vila2.data.files import atomic_write, write_error
+from vila2.data.files import atomic_write, remove_leftovers, write_error
 from vila2.data.lock import RunLock
 from vila2.data.manifest import FILE_NAME, Manifest
 from vila2.data.parts import part_rank_and_number
@@ -132,8 +132,10 @@ class Output:
         self._manifest.ensure(self.folder)
         self._lock.__enter__()
         try:
-            self.done = DoneSet.load(self.folder)
             settings = self.settings
+            if settings.world_size == 1:
+                self._tidy()
+            self.done = DoneSet.load(self.folder)
             self._writer = PartWriter(self.folder, settings.rank, settings.world_size, settings.rows_per_part)
             if settings.retry_errors:
                 self._redo = self._find_errors()
@@ -185,6 +187,14 @@ class Output:
             atomic_write(path, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
         except OSError as error:
             raise write_error(path, error) from error
+
+    def _tidy(self) -> None:
+        """Remove what killed runs left half-written beside the parts (those are the writer's). Alone here: safe."""
+        try:
+            for folder in (self.folder, index_folder(self.folder)):
+                remove_leftovers(folder, "*")
+        except OSError as error:
+            raise write_error(self.folder, error) from error
 
     def _find_errors(self) -> dict[Place, str]:
         """The error rows in the parts of this rank: whoever rewrites a part is the only one to do so."""
