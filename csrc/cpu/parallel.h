@@ -4,7 +4,8 @@
 // milliseconds after each of torch's own parallel operations; a second pool would fight them for the same
 // cores just when a model alternates between torch's operations and ours. Linking an OpenMP runtime of our
 // own would load a second copy with the same effect, so the entry point is looked up in the process instead.
-// Without one (another OpenMP, no torch), or with VILA2_CPU_POOL=own, a small pool of our own takes its place.
+// Without one (another OpenMP, no torch), or with VILA2_CPU_POOL=own, a small pool of our own takes its
+// place.
 #pragma once
 
 #include <cstdint>
