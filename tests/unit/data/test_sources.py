@@ -324,6 +324,15 @@ def test_llava_list_that_ends_early_is_refused(tmp_path: Path, text: str) -> Non
         open_source(put(tmp_path / "a.json", text))
 
 
+@pytest.mark.parametrize("chunk", range(1, 9))
+def test_llava_numbers_are_not_split_between_pieces(
+    tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llava_module, "_CHUNK", chunk)
+    source = open_source(put(tmp_path / "a.json", json.dumps(list(range(100, 140)))))
+    assert kinds(read_all(source)) == [E.BAD_RECORD] * 40
+
+
 def test_many_equal_ids_stay_quick(tmp_path: Path) -> None:
     put(tmp_path / "1.jpg")
     path = put(tmp_path / "a.jsonl", '{"id": "a", "image": "1.jpg"}\n' * 20_000)
