@@ -391,7 +391,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", cpu_features);
   m.def("set_num_threads", vila2::cpu::set_num_threads, py::arg("count"));
   m.def("num_threads", vila2::cpu::num_threads);
-  m.def("thread_pool", vila2::cpu::thread_pool);
   m.def("rms_norm", rms_norm);
   m.def("add_rms_norm", add_rms_norm);
   m.def("layer_norm", layer_norm);

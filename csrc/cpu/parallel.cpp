@@ -1,15 +1,12 @@
 #include "cpu/parallel.h"
 
-#include <dlfcn.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
-#include <string>
 #include <thread>
 #include <vector>
 
@@ -33,70 +30,78 @@ void work_on(void* region_pointer) {
   }
 }
 
-using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-
-GompParallel find_gomp_parallel() {
-  const char* forced = std::getenv("VILA2_CPU_POOL");
-  if (forced && std::string(forced) == "own") return nullptr;
-  return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
 }
 
-GompParallel gomp_parallel() {
-  static const GompParallel found = find_gomp_parallel();
-  return found;
-}
-
-// Workers that sleep between regions, after a short spin that covers the gap between two operations of a
-// layer.
+// Workers that join a region if they get a core in time: the caller waits for those that have joined, never
+// for those that have not, so a core that another program holds delays nobody.
 class Pool {
  public:
-  explicit Pool(int workers) {
+  explicit Pool(int workers) : workers_(workers) {
     for (int i = 0; i < workers; ++i) std::thread([this] { serve(); }).detach();
-    workers_ = workers;
   }
 
   void run(Region& region) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      region_ = &region;
-      busy_ = workers_;
-      generation_.fetch_add(1, std::memory_order_release);
+    region_.store(&region);
+    generation_.fetch_add(1);
+    if (sleepers_.load() > 0) {
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+      }
+      wake_.notify_all();
     }
-    wake_.notify_all();
     work_on(&region);
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
+    // In the one order of these operations, a worker that joins after this finds no region, and one that
+    // joined before it is counted.
+    region_.store(nullptr);
+    for (int spin = 0; joined_.load() > 0; ++spin) {
+      if (spin < kSpins) {
+        relax();
+      } else {
+        std::this_thread::yield();  // the worker may be waiting for this very core
+      }
+    }
   }
 
   int workers() const { return workers_; }
 
  private:
+  static constexpr int kSpins = 2000;
+
   void serve() {
     uint64_t seen = 0;
     for (;;) {
-      for (int spin = 0; spin < 4096 && generation_.load(std::memory_order_acquire) == seen; ++spin) {
-      }
-      Region* region;
-      {
+      // Long enough to last from one operation of a layer to the next, short enough to leave an idle core
+      // idle.
+      for (int spin = 0; spin < kSpins && generation_.load() == seen; ++spin) relax();
+      if (generation_.load() == seen) {
         std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
-        seen = generation_.load(std::memory_order_relaxed);
-        region = region_;
+        sleepers_.fetch_add(1);
+        wake_.wait(lock, [&] { return generation_.load() != seen; });
+        sleepers_.fetch_sub(1);
       }
-      work_on(region);
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (--busy_ == 0) done_.notify_one();
+      seen = generation_.load();
+      joined_.fetch_add(1);
+      if (Region* region = region_.load()) work_on(region);
+      joined_.fetch_sub(1);
     }
   }
 
+  const int workers_;
   std::mutex mutex_;
-  std::condition_variable wake_, done_;
-  std::atomic<uint64_t> generation_{0};
-  Region* region_ = nullptr;
-  int workers_ = 0, busy_ = 0;
+  std::condition_variable wake_;
+  // On lines of their own: workers spin on the first while the others change.
+  alignas(64) std::atomic<uint64_t> generation_{0};
+  alignas(64) std::atomic<Region*> region_{nullptr};
+  std::atomic<int> joined_{0}, sleepers_{0};
 };
 
-void run_on_own_pool(Region& region, int threads) {
+void run_on_pool(Region& region, int threads) {
   static std::mutex owner;
   static Pool* pool = nullptr;  // never destroyed: its threads outlive static destructors
   static pid_t pool_process = 0;
@@ -113,18 +118,14 @@ void run_on_own_pool(Region& region, int threads) {
 
 void set_num_threads(int count) { thread_count.store(std::max(1, count)); }
 int num_threads() { return thread_count.load(); }
-const char* thread_pool() { return gomp_parallel() ? "openmp" : "own"; }
 
 void parallel_for(int64_t count, Task task, const void* context) {
   const int threads = static_cast<int>(std::min<int64_t>(num_threads(), count));
   Region region{task, context, count};
   if (threads <= 1) {
     work_on(&region);
-  } else if (const GompParallel parallel = gomp_parallel()) {
-    // The full team even for fewer tasks: a team of another size would be rebuilt by the runtime.
-    parallel(work_on, &region, static_cast<unsigned>(num_threads()), 0);
   } else {
-    run_on_own_pool(region, num_threads());
+    run_on_pool(region, num_threads());
   }
 }
 

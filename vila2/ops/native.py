@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch  # before _C, which shares the threads of torch's OpenMP if that is loaded
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
