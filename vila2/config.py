@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vila2.errors import UsageError
 from vila2.types import RepetitionRule, SamplingParams
@@ -99,7 +99,9 @@ class RecaptionSettings(_Settings):
     min_side: Annotated[int, DECIDES, Field(ge=1)] = 4
     max_aspect: Annotated[float, DECIDES, Field(ge=1)] = 100.0
     orientation: Annotated[Orientation, DECIDES] = "apply"
-    resize: Annotated[Resize, DECIDES] = "exact"  # Pillow's own pixels, or torch's, at most two grey levels away
+    resize: Annotated[Resize, DECIDES] = (
+        "exact"  # Pillow's own pixels, or torch's, at most two grey levels away
+    )
 
     # How much, and whose share.
     limit: Annotated[int | None, Field(ge=1)] = None
@@ -114,6 +116,12 @@ class RecaptionSettings(_Settings):
     strict: bool = False
     dry_run: bool = False
     json_lines: Annotated[bool, Field(alias="json")] = False  # `json` is a method of pydantic's models
+
+    @field_validator("prompt", "stop", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        """`prompt = "brief"` in a recipe means `prompt = ["brief"]`."""
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> "RecaptionSettings":
@@ -180,12 +188,16 @@ class RecaptionSettings(_Settings):
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
 
 
-def make_settings(kind: type[AnySettings], values: Mapping[str, Any], where: str = "settings") -> AnySettings:
-    """Validate `values`; UsageError in one line names the key, what is wrong and, for a typo, the nearest key."""
+def make_settings(kind: type[AnySettings], values: Mapping[str, Any], where: str = "") -> AnySettings:
+    """Validate `values`; UsageError in one line names the key, what is wrong and, for a typo, the nearest key.
+
+    `where` names the file that they came from, if any.
+    """
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        raise UsageError(f"{where}: " + "; ".join(_explain(kind, item) for item in error.errors())) from None
+        prefix = f"{where}: " if where else ""
+        raise UsageError(prefix + "; ".join(_explain(kind, item) for item in error.errors())) from None
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
@@ -211,7 +223,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 def recaption_settings(recipe: str | Path | None, overrides: Mapping[str, Any]) -> RecaptionSettings:
     """Settings from a recipe file (or none) with the command line's values on top; None means "not given"."""
     values: dict[str, Any] = {}
-    where = "settings"
+    where = ""
     if recipe is not None:
         values, where = load_recipe(recipe), str(recipe)
         _check_keys(RecaptionSettings, values, where)
@@ -223,7 +235,8 @@ def recaption_settings(recipe: str | Path | None, overrides: Mapping[str, Any]) 
         values.pop("prompt", None)
     missing = [name for name in ("source", "model", "out") if name not in {**values, **given}]
     if missing:
-        raise UsageError(f"{where}: missing {', '.join(missing)}")
+        prefix = f"{where}: " if where else ""
+        raise UsageError(f"{prefix}missing {', '.join(missing)}")
     return make_settings(RecaptionSettings, {**values, **given}, where)
 
 

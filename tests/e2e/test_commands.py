@@ -238,7 +238,7 @@ def test_plain_lines_elsewhere(capsys: pytest.CaptureFixture[str], monkeypatch: 
         show(Progress(3, 9, 6, 60, 1, 2.0, 4, 5, 6, "decode"))
     line = capsys.readouterr().err.strip()
     assert line == (
-        "3/9 images, 3.0 captions/s, 30 tokens/s, queues decode 4 vision 5 language 6 (decode), 1 errors, 0:04 left"
+        "3/9 images, 3 captions/s, 30 tokens/s, queues decode 4 vision 5 language 6 (decode), 1 errors, 0:04 left"
     )
 
 

@@ -114,3 +114,8 @@ def test_a_bad_recipe_is_one_line_that_names_the_file(
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(UsageError, match="missing model, out"):
         recaption_settings(None, {"source": "s"})
+
+
+def test_one_name_needs_no_list() -> None:
+    settings = make(prompt="brief", stop="\n")
+    assert (settings.prompt, settings.stop) == (("brief",), ("\n",))

@@ -48,11 +48,16 @@ def clock(seconds: float | None) -> str:
 def line_of(progress: "Progress") -> str:
     """Everything about a run on one line."""
     return (
-        f"{progress.images}/{progress.total_images} images, {progress.captions_per_s:.1f} captions/s, "
-        f"{progress.tokens_per_s:.0f} tokens/s, queues decode {progress.waiting_decode} "
+        f"{progress.images}/{progress.total_images} images, {_figure(progress.captions_per_s)} captions/s, "
+        f"{_figure(progress.tokens_per_s)} tokens/s, queues decode {progress.waiting_decode} "
         f"vision {progress.waiting_model} language {progress.in_model} ({progress.bottleneck}), "
         f"{progress.errors} errors, {clock(progress.eta_s)} left"
     )
+
+
+def _figure(value: float) -> str:
+    """Two digits at least, and no more than are worth reading."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 class _Every:

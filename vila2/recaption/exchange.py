@@ -17,6 +17,7 @@ from vila2.recaption.stable import stable_hash
 from vila2.recaption.stats import Tally
 from vila2.types import Caption, CaptionRequest, ErrorKind, FinishReason, SampleError, Status
 
+MEMORY_OF_HUNGER = 0.95  # how much of `hunger` a pull leaves as it was
 IDLE_WAIT_S = 0.1  # how long an idle captioner waits for an image before the run looks at its clock again
 
 
@@ -56,6 +57,7 @@ class Exchange:
         stop_requested: Callable[[], bool],
     ) -> None:
         self.tally = Tally()
+        self.hunger = 0.0  # the share of the captioner's latest pulls that found no image ready, in [0, 1]
         self._feed, self._prompts, self._settings = feed, prompts, settings
         self._emit, self._tick, self._stop_requested = emit, tick, stop_requested
         self._pending: dict[int, _Pending] = {}
@@ -82,6 +84,8 @@ class Exchange:
                 continue
             if not self._stop_requested():
                 loaded = self._feed.poll(0.0 if self._pending else IDLE_WAIT_S)
+                if not self._feed.ended:
+                    self._note_hunger(loaded is None)
                 if loaded is not None:
                     self._admit(loaded)
                     continue
@@ -122,6 +126,9 @@ class Exchange:
                 num_tokens=len(caption.token_ids),
             )
         )
+
+    def _note_hunger(self, hungry: bool) -> None:
+        self.hunger = MEMORY_OF_HUNGER * self.hunger + (1 - MEMORY_OF_HUNGER) * hungry
 
     def _admit(self, loaded: Loaded) -> None:
         """Turn one loaded job into requests, one a prompt, that share its image."""

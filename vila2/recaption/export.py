@@ -118,7 +118,7 @@ def _write(entries: "_Entries", folder: Path, finished: Finished, options: Expor
 
 
 class _Entries:
-    """The samples to export, one by one; counts those that are left out."""
+    """The samples to export, one by one; counts those that are left out. Iterate it once."""
 
     def __init__(self, finished: Finished, options: ExportOptions) -> None:
         self.finished, self.options = finished, options
@@ -149,6 +149,9 @@ class _Entries:
         ):
             of_sample = list(rows)
             first = of_sample[0]
+            if not any(row["width"] for row in of_sample):
+                self.left_out += 1  # an image that does not decode is of no use, whatever its text
+                continue
             captions = {row["prompt"]: row["caption"] for row in of_sample if row["status"] in usable}
             yield Sample(*place, first["key"], original=first["original"]), captions
 

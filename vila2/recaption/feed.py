@@ -129,10 +129,6 @@ class Feed:
     def num_ready(self) -> int:
         return len(self._ready)
 
-    @property
-    def max_ready(self) -> int:
-        return self._ready.max_items
-
     def poll(self, timeout_s: float = 0.0) -> Loaded | None:
         """A loaded job, in no particular order; None when none is ready in time or when the feed has ended."""
         if self.ended:

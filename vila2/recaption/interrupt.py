@@ -55,7 +55,7 @@ class Interrupts:
         self._orderly = True
         try:
             yield
-            self._disarm()
+            self._orderly = False  # from here on, a grace period that ends has nothing to end
         except GraceOver:
             pass  # what was in flight is dropped; the next run does it again
         finally:

@@ -20,6 +20,7 @@ from vila2.recaption.stats import Progress, RunSummary, Stages, rates_of
 from vila2.recaption.work import Plan, default_decode_workers, make_loader
 
 OBSERVE_EVERY_S = 0.1
+HUNGRY = 0.3  # a captioner that outruns its images finds none at every second pull; one that is full, at hardly any
 
 Observe = Callable[[Progress], None]
 OpenModel = Callable[[RecaptionSettings], Captioner]
@@ -149,10 +150,10 @@ class _Run:
         )
 
     def _bottleneck(self) -> str:
-        """The stage that the others wait for, by the queues; vision or language by the captioner's own clocks."""
+        """The stage that the others wait for: by how often the captioner found no image, then by its own clocks."""
         if not self.exchange.tally.rows:
             return "starting"
-        if self.feed.num_ready * 2 < self.feed.max_ready and not self.feed.ended:
+        if self.exchange.hunger > HUNGRY and not self.feed.ended:
             return "decode" if self.feed.num_encoded else "reading"
         stats = self.captioner.stats()
         return "vision" if stats.get("vision_s", 0.0) > stats.get("language_s", 0.0) else "language"

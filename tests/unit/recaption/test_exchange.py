@@ -1,3 +1,4 @@
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ from vila2.config import RecaptionSettings, make_settings
 from vila2.errors import UsageError
 from vila2.recaption.exchange import Exchange, Outcome
 from vila2.recaption.feed import Feed, Job, Loaded
+from vila2.recaption.pipeline import HUNGRY
 from vila2.recaption.prompts import make_prompts
 from vila2.types import Caption, CaptionRequest, ErrorKind, FinishReason, Sample, SampleError, Status
 
@@ -189,3 +191,16 @@ def test_a_captioner_that_raises_ends_the_run_as_itself() -> None:
 
     with pytest.raises(Broken, match="out of memory"):
         Talk(jobs(100), answer)
+
+
+def test_hunger_tells_a_slow_source_from_a_slow_model() -> None:
+    def slowly(job: Job) -> Loaded:
+        time.sleep(0.02)
+        return load(job)
+
+    def answer_slowly(request: CaptionRequest) -> Caption:
+        time.sleep(0.01)
+        return echo(request)
+
+    assert Talk(jobs(60), load=slowly).exchange.hunger > HUNGRY
+    assert Talk(jobs(60), answer_slowly, room=2).exchange.hunger < HUNGRY
