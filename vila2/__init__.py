@@ -3,8 +3,13 @@
 Importing this package imports no torch; `vila2.load` does, when it is called.
 """
 
+import os
 from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
+
+# torch's OpenMP workers would spin after each of its operations, on the cores that vila2._C's own threads need.
+# Read once, when torch is first imported; what the user has set stands.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Run from the repository root, find _C and kernels where they were installed.
 __path__ = extend_path(__path__, __name__)
