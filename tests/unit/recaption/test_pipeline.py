@@ -228,19 +228,22 @@ def test_a_stop_commits_what_is_finished_and_the_next_run_goes_on(photos: Path) 
     assert is_complete(settings, ("detailed",))
 
 
-def signal_after(seconds: float, times: int = 1) -> None:
-    def send() -> None:
-        for _ in range(times):
-            time.sleep(seconds)
+class SlowModel:
+    """Answers three requests, and then hangs in a step of the model, where it is sent `times` Ctrl-C."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    def __call__(self, request: CaptionRequest) -> Caption:
+        if request.id == 3:
+            threading.Thread(target=self._send, daemon=True).start()
+            time.sleep(30)
+        return echo(request)
+
+    def _send(self) -> None:
+        for _ in range(self.times):
+            time.sleep(0.3)
             os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=send, daemon=True).start()
-
-
-def slow(request: CaptionRequest) -> Caption:
-    if request.id >= 3:
-        time.sleep(30)  # a step of the model that takes forever
-    return echo(request)
 
 
 def test_what_is_in_flight_is_dropped_after_the_grace_period(photos: Path) -> None:
@@ -248,18 +251,16 @@ def test_what_is_in_flight_is_dropped_after_the_grace_period(photos: Path) -> No
     settings = make(photos)
     start = time.monotonic()
     with interrupts.installed():
-        signal_after(0.5)
-        summary = go(settings, slow, room=1, interrupts=interrupts)
-    assert time.monotonic() - start < 10
+        summary = go(settings, SlowModel(times=1), room=1, interrupts=interrupts)
+    assert time.monotonic() - start < 25
     assert (summary.interrupted, summary.images) == (True, 3)
     assert len(rows(settings)) == 3
 
 
 def test_a_second_signal_ends_at_once(photos: Path) -> None:
     interrupts = Interrupts(grace_s=60)
-    signal_after(0.3, times=2)
     with interrupts.installed(), pytest.raises(KeyboardInterrupt):
-        go(make(photos), slow, room=1, interrupts=interrupts)
+        go(make(photos), SlowModel(times=2), room=1, interrupts=interrupts)
 
 
 def test_old_rows_are_committed_though_the_part_is_not_full(photos: Path) -> None:
