@@ -48,7 +48,9 @@ class ErrorKind(str, Enum):
     UNSAFE_PATH = "unsafe_path"  # a path that leaves its folder
     READ_ERROR = "read_error"  # the operating system refused
     PROMPT_TOO_LONG = "prompt_too_long"
-    BAD_PROMPT = "bad_prompt"  # another number of <image> than images, or a token that the model does not have
+    BAD_PROMPT = (
+        "bad_prompt"  # another number of <image> than images, or a token that the model does not have
+    )
     ENGINE_ERROR = "engine_error"
 
 
