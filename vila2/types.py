@@ -51,6 +51,7 @@ class ErrorKind(str, Enum):
     BAD_PROMPT = (
         "bad_prompt"  # another number of <image> than images, or a token that the model does not have
     )
+    EMPTY_CAPTION = "empty_caption"  # the model wrote nothing, in every attempt
     ENGINE_ERROR = "engine_error"
 
 

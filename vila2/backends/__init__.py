@@ -26,6 +26,7 @@ class Captioner(Protocol):
 
     model_digest: str  # of the checkpoint's content: a changed checkpoint has another digest
     model_name: str
+    description: str  # what arithmetic runs where, in a few words for the person who waits
 
     def prepare(self, image: "NDArray[np.uint8]") -> Any:
         """One decoded RGB image (height, width, 3) -> what a request carries. Thread-safe: runs in decode threads."""

@@ -78,6 +78,7 @@ class NativeCaptioner:
         self.model_digest = checkpoint.digest
         self.model_name = model_name
         self.plan = plan
+        self.description = f"{plan.summary}, up to {limits.max_num_seqs} captions at once"
         self.checkpoint = checkpoint
         self.template = template
         self.engine = Engine(

@@ -192,7 +192,8 @@ def _describe(summary: "RunSummary") -> str:
     """The end of a run, for a person."""
     lines = [
         f"{summary.captions} captions of {summary.images} images in {summary.seconds:.1f} s "
-        f"({summary.captions_per_s:.3g} captions/s, {summary.tokens_per_s:.3g} tokens/s) -> {summary.out}"
+        f"({summary.captions_per_s:.3g} captions/s, {summary.tokens_per_s:.3g} tokens/s) -> {summary.out}",
+        f"model: {summary.model}, {summary.compute}",
     ]
     if summary.already_done:
         lines.append(f"{summary.already_done} rows were there already")

@@ -49,7 +49,7 @@ def error_of(caption: Caption) -> SampleError:
         return caption.error
     if caption.finish_reason is FinishReason.ERROR:
         return SampleError(ErrorKind.ENGINE_ERROR, "the captioner failed without saying why")
-    return SampleError(ErrorKind.ENGINE_ERROR, "the model wrote nothing, in every attempt")
+    return SampleError(ErrorKind.EMPTY_CAPTION, "the model wrote nothing, in every attempt")
 
 
 def trim_to_sentence(text: str) -> str | None:

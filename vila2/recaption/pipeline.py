@@ -171,6 +171,7 @@ class _Run:
             out=settings.out,
             source=settings.source,
             model=self.captioner.model_name,
+            compute=self.captioner.description,
             rank=settings.rank,
             world_size=settings.world_size,
             interrupted=self.interrupts.requested,

@@ -57,6 +57,7 @@ class RunSummary:
     out: str
     source: str
     model: str
+    compute: str  # what arithmetic ran, see Captioner.description
     rank: int
     world_size: int
     interrupted: bool

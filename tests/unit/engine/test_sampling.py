@@ -1,12 +1,13 @@
 """Sampling and loop detection, each against its definition."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vila2.engine.repetition import find_loop, find_loop_reference, new_runs, update_runs
-from vila2.engine.sampler import sample_tokens, uniform
+from vila2.engine.sampler import sample_row, sample_row_reference, sample_tokens, uniform
 from vila2.engine.sequence import EngineRequest, Sequence, start_sequence
 from vila2.types import RepetitionRule, SamplingParams
 
@@ -79,3 +80,18 @@ def test_a_draw_depends_on_its_key_and_step_and_not_on_the_batch():
     assert together == alone
     assert len({uniform(key, step) for key in range(50) for step in range(50)}) == 2500
     assert abs(np.mean([uniform(7, step) for step in range(10_000)]) - 0.5) < 0.01
+
+
+@pytest.mark.parametrize(
+    "spread", [0.0, 1.0, 6.0]
+)  # flat: the head never reaches top_p; peaked: it always does
+@pytest.mark.parametrize("top_p", [0.3, 0.95, 1.0])
+def test_the_head_of_a_long_vocabulary_gives_what_the_whole_gives(spread, top_p):
+    generator = torch.Generator().manual_seed(1)
+    # Distinct values: among equal ones either is a right answer.
+    logits = (
+        torch.randn(5000, generator=generator) * spread + torch.randperm(5000, generator=generator) * 1e-5
+    )
+    for key in range(40):
+        one = sequence(temperature=0.8, top_p=top_p, rng_key=key)
+        assert sample_row(logits, one) == sample_row_reference(logits, one)

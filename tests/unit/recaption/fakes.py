@@ -28,6 +28,7 @@ class FakeCaptioner:
 
     model_digest = "fake-digest"
     model_name = "fake"
+    description = "canned answers"
 
     def __init__(self, answer: Answer = echo, room: int = 4) -> None:
         self.answer, self.room = answer, room

@@ -116,7 +116,7 @@ def test_an_empty_answer_ends_as_a_typed_error() -> None:
     (outcome,) = talk.outcomes
     assert outcome.status is Status.ERROR
     assert outcome.error is not None
-    assert outcome.error.kind is ErrorKind.ENGINE_ERROR
+    assert outcome.error.kind is ErrorKind.EMPTY_CAPTION
     assert len(talk.captioner.requests) == 3
 
 

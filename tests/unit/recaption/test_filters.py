@@ -23,7 +23,7 @@ def test_an_empty_caption_is_asked_again_and_then_an_error(text: str) -> None:
     assert judge(caption(text), attempts_left=1).retry
     last = judge(caption(text), attempts_left=0)
     assert (last.status, last.retry) == (Status.ERROR, False)
-    assert error_of(caption(text)).kind is ErrorKind.ENGINE_ERROR
+    assert error_of(caption(text)).kind is ErrorKind.EMPTY_CAPTION
 
 
 def test_a_loop_is_asked_again_and_then_kept_with_its_mark() -> None:
