@@ -97,6 +97,7 @@ demo: $(MODEL)/model.safetensors ## recaption examples/images with a small model
 	@$(BIN)/python examples/show_captions.py $(DEMO_OUT)
 
 bench: $(MODEL)/model.safetensors ## the CPU benchmarks (about an hour of quiet machine); rows land in bench/results
+	@$(BIN)/python bench/bench_ops.py
 	@$(BIN)/python bench/bench_decode.py
 	@$(BIN)/python bench/bench_recaption.py $(MODEL)
 	@$(BIN)/python bench/bench_shared_prefix.py $(MODEL)

@@ -1,22 +1,19 @@
 """Each operation against its reference and against what this machine can do, measured in the same run.
 
-    python bench/bench_ops.py [--threads N] [--only NAME] [--csv bench/results/ops.csv]
+    python bench/bench_ops.py [--threads N] [--only NAME] [--no-row]
 
 "of peak" compares with the better of the ceilings that apply: a large float32 matrix product for operations that
 count arithmetic, a large copy for those that move bytes. Times are medians; the two sides take turns.
 """
 
 import argparse
-import csv
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from pathlib import Path
 
 import torch
+from common import append_row, facts
 
 from vila2.ops import capabilities
 from vila2.ops.activations import gelu, gelu_reference, silu_mul, silu_mul_reference
@@ -218,7 +215,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="", help="run the operations whose name contains this")
     parser.add_argument("--seconds", type=float, default=0.5, help="how long to measure each row")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    parser.add_argument("--no-row", action="store_true", help="print only; leave bench/results alone")
     options = parser.parse_args()
     set_threads(options.threads)
     torch.manual_seed(0)
@@ -228,16 +225,12 @@ def main() -> None:
     product_s, copy_s = median_seconds([lambda: square @ square, lambda: copy.copy_(big)], 2.0)
     peak_gflops = 2 * 1536**3 / product_s / 1e9
     peak_gbytes = 2 * big.numel() * 4 / copy_s / 1e9
-    isa = capabilities().isa
-    print(
-        f"{platform.processor() or platform.machine()}, {options.threads} threads, {isa}, torch {torch.__version__}"
-    )
+    print(f"{facts()['device']}, {options.threads} threads, {capabilities().isa}, torch {torch.__version__}")
     print(f"ceilings: matrix product {peak_gflops:.0f} GFLOP/s, copy {peak_gbytes:.1f} GB/s\n")
     print(
         f"{'operation':26} {'shape':26} {'ours us':>10} {'torch us':>10} {'faster':>7} {'rate':>14} {'of peak':>8}"
     )
 
-    rows = []
     for make in (linear_cases, attention_cases, row_cases, other_cases):
         for case in make():
             if options.only not in case.op:
@@ -250,28 +243,22 @@ def main() -> None:
                 f"{reference / ours:6.2f}x {rate:6.1f} {unit:7} {rate / peak:7.0%}",
                 flush=True,
             )
-            rows.append(
-                {
-                    "date": datetime.now(timezone.utc).date().isoformat(),
-                    "isa": isa,
-                    "threads": options.threads,
-                    "torch": torch.__version__,
-                    "op": case.op,
-                    "shape": case.shape,
-                    "ours_us": round(ours * 1e6, 2),
-                    "reference_us": round(reference * 1e6, 2),
-                    "rate": round(rate, 2),
-                    "unit": unit,
-                    "peak": round(peak, 1),
-                }
-            )
-    if options.csv and rows:
-        is_new = not options.csv.exists()
-        with options.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            if is_new:
-                writer.writeheader()
-            writer.writerows(rows)
+            if not options.no_row:
+                append_row(
+                    "ops",
+                    {
+                        **facts(),
+                        "op": case.op,
+                        "shape": case.shape,
+                        "ours_us": ours * 1e6,
+                        "reference_us": reference * 1e6,
+                        "faster": reference / ours,
+                        "rate": rate,
+                        "unit": unit,
+                        "ceiling": peak,
+                        "of_ceiling": rate / peak,
+                    },
+                )
 
 
 if __name__ == "__main__":

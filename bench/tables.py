@@ -1,7 +1,8 @@
 """Write the tables of BENCHMARKS.md from bench/results: `python bench/tables.py BENCHMARKS.md`.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; it shows the rows of the newest commit and device in
-bench/results/NAME.csv. Older rows stay in the file, where trends can be read.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; it shows the rows of the newest day and its device in
+bench/results/NAME.csv (of `ops`, which has a hundred, the shapes that `SHOWN` picks). Older rows stay in the file,
+where trends can be read.
 """
 
 import re
@@ -13,13 +14,15 @@ from common import read_rows
 # table -> the columns shown, by their headings
 COLUMNS = {
     "recaption": {
+        "commit": "commit",
         "engine": "engine",
         "precision": "precision",
         "batch": "batch",
+        "images": "images",
         "rounds": "rounds",
         "images_per_s": "images/s",
         "slowest": "slowest round",
-        "ratio": "against the peer's best",
+        "ratio": "against the peer's best of the run",
         "same_tokens": "same tokens",
     },
     "profile": {
@@ -60,9 +63,26 @@ COLUMNS = {
         "slowest": "slowest round",
         "ratio": "times",
     },
+    "ops": {
+        "op": "operation",
+        "shape": "shape",
+        "ours_us": "ours, us",
+        "reference_us": "torch, us",
+        "faster": "times",
+        "rate": "rate",
+        "unit": "unit",
+        "of_ceiling": "of the ceiling",
+    },
+}
+SHOWN = {
+    "ops": lambda row: (
+        row["op"].startswith("attention")
+        or row["shape"].endswith((" x 576 x 1536", " 1024 x 576", "1024 x 3072", "patch 14"))
+        or (row["op"].startswith("rope") and row["shape"].startswith("1024"))
+    )
 }
 SHARES = {"products", "attention", "norms", "activations", "rope_and_cache", "patches"}
-SHARES |= {"image_preparation", "sampling", "all_else", "outside"}
+SHARES |= {"image_preparation", "sampling", "all_else", "outside", "of_ceiling"}
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -72,7 +92,8 @@ def table(name: str) -> str:
     if not rows:
         return "Not measured yet.\n"
     last = rows[-1]
-    rows = [r for r in rows if all(r[key] == last[key] for key in ("date", "commit", "device"))]
+    rows = [r for r in rows if all(r[key] == last[key] for key in ("date", "device"))]
+    rows = [r for r in rows if SHOWN.get(name, lambda row: True)(r)]
     columns = COLUMNS[name]
     lines = [
         f"{last['date']}, commit {last['commit']}, {last['device']}, {last['isa']}, {last['threads']} threads, "
