@@ -1,0 +1,1 @@
+"""Training: data to batches to steps to a checkpoint. Imports neither engine nor backends."""
