@@ -8,7 +8,7 @@ VILA's conversation templates; how an image is set off from its text differs by 
 - LLaVA in transformers: tokenised whole, and a newline of the text follows `<image>`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,27 +32,49 @@ _LLAMA_3_SYSTEM = (
 )
 
 
-def _llama_3(text: str) -> str:
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A conversation: `start`, then for each turn `user`, the user's text, `assistant`, `lead`, the answer, its end.
+
+    `end` is the token that ends an answer and `last_end` the one that ends the last answer; None stands for the
+    tokenizer's end of sequence. A prompt stops before `lead`, which the model writes itself.
+    """
+
+    start: str = ""
+    user: str = ""
+    assistant: str = ""
+    lead: str = ""
+    end: str | None = None
+    last_end: str | None = None
+
+    def prompt(self, text: str) -> str:
+        """The whole prompt of one user turn."""
+        return f"{self.start}{self.user}{text}{self.assistant}"
+
+
+_LLAMA_3_ROLE = "<|start_header_id|>{}<|end_header_id|>\n\n".format
+
+TEMPLATE_TEXTS: dict[str, Template] = {
+    "vicuna_v1": Template(f"{_VICUNA_SYSTEM} ", "USER: ", " ASSISTANT:", " "),
     # The template writes the BOS although Llama 3's tokenizer adds one too. The models were trained with both.
-    turn = "<|start_header_id|>{}<|end_header_id|>\n\n".format
-    system = f"<|begin_of_text|>{turn('system')}{_LLAMA_3_SYSTEM}"
-    return f"{system}<|eot_id|>{turn('user')}{text}<|eot_id|>{turn('assistant')}"
-
-
-def _hermes_2(text: str) -> str:
-    start, end = "<|im_start|>", "<|im_end|>"
-    return f"{start}system\nAnswer the questions.{end}{start}user\n{text}{end}{start}assistant\n"
-
-
-# name -> the user's text to the whole prompt
-_TEXTS: dict[str, Callable[[str], str]] = {
-    "vicuna_v1": lambda text: f"{_VICUNA_SYSTEM} USER: {text} ASSISTANT:",
-    "llama_3": _llama_3,
-    "hermes-2": _hermes_2,
-    "plain": lambda text: text,
-    "raw": lambda text: text,
+    "llama_3": Template(
+        f"<|begin_of_text|>{_LLAMA_3_ROLE('system')}{_LLAMA_3_SYSTEM}<|eot_id|>",
+        _LLAMA_3_ROLE("user"),
+        f"<|eot_id|>{_LLAMA_3_ROLE('assistant')}",
+        end="<|eot_id|>",
+        last_end="<|end_of_text|>",
+    ),
+    "hermes-2": Template(
+        "<|im_start|>system\nAnswer the questions.<|im_end|>",
+        "<|im_start|>user\n",
+        "<|im_end|><|im_start|>assistant\n",
+        end="<|im_end|>",
+        last_end="<|im_end|>",
+    ),
+    "plain": Template(),
+    "raw": Template(),
 }
-TEMPLATES = ("auto", *_TEXTS)
+TEMPLATES = ("auto", *TEMPLATE_TEXTS)
 _ALIASES = {"v1": "vicuna_v1"}
 
 # What stands in the name of a released VILA1.5 checkpoint -> its template, as in VILA's own table.
@@ -125,13 +147,12 @@ def build_prompt(
     holds another number of them than there are images, or a token that the model has no embedding for.
     """
     template = check_template(template)
-    text = _place_images(user_text, images, config)
+    text = place_images(user_text, images, config)
     if template == "auto":
         full = tokenizer.apply_chat_template([{"role": "user", "content": text}])
     else:
-        full = _TEXTS[template](text)
-    owns_bos = template == "auto" and tokenizer.bos_token is not None and full.startswith(tokenizer.bos_token)
-    chunks = _encode_around_images(full, tokenizer, add_bos=not owns_bos)
+        full = TEMPLATE_TEXTS[template].prompt(text)
+    chunks = _encode_around_images(full, tokenizer, add_bos=not owns_bos(template, full, tokenizer))
     order = [(index, chunk) for index, image in enumerate(images) for chunk in range(image.num_placeholders)]
     if len(chunks) != len(order) + 1:
         raise ValueError(
@@ -140,7 +161,12 @@ def build_prompt(
     return _join(chunks, order, images, tokenizer, config)
 
 
-def _place_images(text: str, images: Sequence["PreparedImage"], config: "ModelConfig") -> str:
+def owns_bos(template: str, text: str, tokenizer: Tokenizer) -> bool:
+    """Does the checkpoint's own chat template write the BOS itself?"""
+    return template == "auto" and tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+
+
+def place_images(text: str, images: Sequence["PreparedImage"], config: "ModelConfig") -> str:
     """`text` with one `<image>` a placeholder: put in front where it has none, repeated for each tile."""
     found = text.count(IMAGE_PLACEHOLDER)
     if found == 0:
