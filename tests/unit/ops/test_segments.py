@@ -1,0 +1,148 @@
+"""Attention over packed segments: the definition against a dense mask, each path against the definition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vila2.ops.segments import segment_attention, segment_attention_reference
+
+torch.set_num_threads(1)
+
+LAYOUTS = {
+    "empty": [],
+    "one row": [(0, 1, 0, 0)],
+    "one": [(0, 37, 0, 0)],
+    "two": [(0, 5, 0, 0), (5, 38, 0, 0)],
+    "prefix and branches": [(0, 7, 0, 0), (7, 12, 0, 7), (12, 13, 0, 7), (13, 38, 0, 7)],
+    "two prefixes": [(0, 3, 0, 0), (3, 9, 0, 3), (9, 20, 9, 9), (20, 30, 9, 20), (30, 38, 9, 20)],
+    "rows in no segment": [(2, 7, 0, 0), (11, 14, 2, 7)],
+    "empty segments": [(0, 0, 0, 0), (4, 4, 0, 2), (38, 38, 0, 0), (0, 4, 38, 38), (4, 30, 0, 4)],
+    "a branch of a branch": [(0, 4, 0, 0), (4, 9, 0, 4), (9, 38, 4, 9)],
+}
+ROWS = 38
+
+
+def inputs(heads, kv_heads, dim, rows=ROWS, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(rows, count, dim, generator=generator, dtype=torch.float32).to(dtype).requires_grad_()
+        for count in (heads, kv_heads, kv_heads)
+    ]
+
+
+def as_tensor(layout):
+    return torch.tensor(layout, dtype=torch.int64).reshape(-1, 4)
+
+
+def dense(q, k, v, layout, scale):
+    """By a mask over all rows, in float64."""
+    q, k, v = (x.double() for x in (q, k, v))
+    mask = torch.zeros(len(q), len(q), dtype=torch.bool)
+    for start, end, prefix_start, prefix_end in layout:
+        for row in range(start, end):
+            mask[row, start : row + 1] = True
+            mask[row, prefix_start:prefix_end] = True
+    shared = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
+    scores = torch.einsum("thd,lhd->htl", q, k) * scale
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0)
+    return torch.einsum("htl,lhd->thd", weights, v).flatten(1)
+
+
+def gradients(function, q, k, v, *rest):
+    out = function(q, k, v, *rest)
+    if not out.requires_grad:  # nothing to attend to
+        return out, tuple(torch.zeros_like(x) for x in (q, k, v))
+    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
+    return out, torch.autograd.grad((out.double() * weights).sum(), (q, k, v))
+
+
+def agree(actual, expected, tolerance=2e-5):
+    for ours, theirs in zip((actual[0], *actual[1]), (expected[0], *expected[1]), strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("heads", [(3, 3, 8), (6, 2, 16), (4, 1, 5)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_each_path_equals_a_dense_mask(layout, heads):
+    q, k, v = inputs(*heads)
+    expected = gradients(dense, q, k, v, layout, 0.3)
+    agree(gradients(segment_attention_reference, q, k, v, as_tensor(layout), 0.3), expected)
+    agree(gradients(segment_attention, q, k, v, as_tensor(layout), 0.3), expected)
+
+
+def test_the_reference_has_true_gradients():
+    q, k, v = (x.detach().double().requires_grad_() for x in inputs(4, 2, 3, rows=14))
+    layout = as_tensor([(0, 4, 0, 0), (4, 9, 0, 4), (9, 13, 0, 4)])
+    assert torch.autograd.gradcheck(lambda *x: segment_attention_reference(*x, layout, 0.5), (q, k, v))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_packing(data):
+    sizes = st.integers(0, 70)
+    layout, row = [], 0
+    for _ in range(data.draw(st.integers(0, 4))):
+        prefix = data.draw(sizes)
+        layout.append((row, row + prefix, row, row))
+        first, row = row, row + prefix
+        for _ in range(data.draw(st.integers(0, 4))):
+            length = data.draw(sizes)
+            layout.append((row, row + length, first, first + prefix))
+            row += length
+    q, k, v = inputs(4, 2, 8, rows=row, seed=row)
+    expected = gradients(segment_attention_reference, q, k, v, as_tensor(layout), 0.35)
+    agree(gradients(segment_attention, q, k, v, as_tensor(layout), 0.35), expected)
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = (x.detach() * 60 for x in inputs(2, 2, 16))
+    layout = as_tensor(LAYOUTS["prefix and branches"])
+    out = segment_attention(q, k, v, layout, 1.0)
+    torch.testing.assert_close(out, segment_attention_reference(q, k, v, layout, 1.0), rtol=1e-4, atol=1e-3)
+
+
+def test_views_of_one_tensor():
+    joined = torch.randn(ROWS, 8, 16, requires_grad=True)
+    layout = as_tensor(LAYOUTS["two prefixes"])
+
+    def attend(function):
+        out = function(joined[:, :4], joined[:, 4:6], joined[:, 6:], layout, 0.25)
+        return out, torch.autograd.grad(out.square().sum(), joined)
+
+    agree(attend(segment_attention), attend(segment_attention_reference))
+
+
+def test_bfloat16_within_its_precision():
+    q, k, v = inputs(4, 2, 16, dtype=torch.bfloat16)
+    layout = as_tensor(LAYOUTS["prefix and branches"])
+    expected = gradients(
+        segment_attention_reference, *(x.detach().float().requires_grad_() for x in (q, k, v)), layout, 0.25
+    )
+    agree(gradients(segment_attention, q, k, v, layout, 0.25), expected, tolerance=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("segments", "words"),
+    [
+        ([(0, 39, 0, 0)], "must lie in the 38 rows"),
+        ([(5, 4, 0, 0)], "must lie in the 38 rows"),
+        ([(0, 4, -1, 0)], "must lie in the 38 rows"),
+    ],
+)
+def test_segments_out_of_range_are_refused(segments, words):
+    q, k, v = inputs(2, 2, 4)
+    for function in (segment_attention, segment_attention_reference):
+        with pytest.raises(ValueError, match=words):
+            function(q, k, v, as_tensor(segments), 1.0)
+
+
+def test_wrong_shapes_are_refused():
+    q, k, v = inputs(3, 2, 4)
+    with pytest.raises(ValueError, match="do not belong together"):
+        segment_attention(q, k, v, as_tensor([(0, 4, 0, 0)]), 1.0)
+    with pytest.raises(ValueError, match=r"int64 \(S, 4\)"):
+        segment_attention(k, k, v, torch.zeros(2, 3, dtype=torch.int64), 1.0)
+    with pytest.raises(ValueError, match=r"int64 \(S, 4\)"):
+        segment_attention(k, k, v, torch.zeros(2, 4, dtype=torch.int32), 1.0)

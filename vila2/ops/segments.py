@@ -1,0 +1,116 @@
+"""Attention over packed rows: causal inside a segment, and open to one shared prefix. For training.
+
+`segments` (S, 4) int64 on the CPU holds `start, end, prefix_start, prefix_end`: the rows `start..end - 1` see each
+other causally and every row of `prefix_start..prefix_end - 1`. A prefix is itself a segment whose own prefix is
+empty. Own rows of different segments do not overlap; rows in no segment come out as zeros.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def segment_attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Tensor:
+    """One segment after another: q (T, H, D), k and v (T, KVH, D) to (T, H * D). Differentiable.
+
+    Query head h reads KV head h // (H / KVH). Softmax in float32 at least.
+    """
+    check_segments(q, k, v, segments)
+    tokens, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    exact = torch.promote_types(q.dtype, torch.float32)
+    pieces, rows = [], []
+    for start, end, prefix_start, prefix_end in segments.tolist():
+        if start == end:
+            continue
+        count, seen = end - start, prefix_end - prefix_start
+        keys, values = (
+            torch.cat((x[prefix_start:prefix_end], x[start:end])).to(exact) for x in (k, v)
+        )  # (seen + count, KVH, D)
+        queries = q[start:end].to(exact).view(count, kv_heads, heads // kv_heads, dim)
+        scores = torch.einsum("tgrd,lgd->grtl", queries, keys) * scale
+        last = torch.arange(count, device=q.device)[:, None] + seen
+        hidden = torch.arange(seen + count, device=q.device) > last
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        pieces.append(torch.einsum("grtl,lgd->tgrd", weights, values).reshape(count, heads * dim))
+        rows.append(torch.arange(start, end, device=q.device))
+    out = q.new_zeros(tokens, heads * dim)
+    if not pieces:
+        return out
+    return out.index_copy(0, torch.cat(rows), torch.cat(pieces).to(q.dtype))
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Tensor:
+    """Attention of packed segments: q (T, H, D), k and v (T, KVH, D) to (T, H * D). Differentiable.
+
+    `segments` (S, 4) as the module says, on the CPU. Raises ValueError for rows out of range.
+    """
+    check_segments(q, k, v, segments)
+    return _padded_attention(q, k, v, segments, scale)
+
+
+def check_segments(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> None:
+    """ValueError unless the shapes fit and every segment lies in the rows of q."""
+    tokens, heads, dim = q.shape
+    if k.shape != v.shape or k.shape[0] != tokens or k.shape[2] != dim or heads % k.shape[1]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not belong together: expected "
+            "(T, H, D), and twice (T, KVH, D) with KVH a divisor of H"
+        )
+    if segments.device.type != "cpu" or segments.dtype != torch.int64 or segments.shape[1:] != (4,):
+        raise ValueError(
+            f"segments must be int64 (S, 4) on the CPU, got {segments.dtype} {tuple(segments.shape)}"
+        )
+    starts, ends = segments[:, 0::2], segments[:, 1::2]
+    if bool(((starts < 0) | (starts > ends) | (ends > tokens)).any()):
+        raise ValueError(f"segments must lie in the {tokens} rows, each start at or before its end")
+
+
+def _padded_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Tensor:
+    """Segments of like lengths padded to one batch each, which torch's own attention takes."""
+    tokens, heads, dim = q.shape
+    out = q.new_zeros(tokens, heads * dim)
+    shared = heads != k.shape[1]
+    for start, length, prefix_start, seen in _buckets(segments):
+        own = torch.arange(int(length.max()))
+        prefix = torch.arange(int(seen.max()))
+        q_rows = start[:, None] + own.minimum(length[:, None] - 1)  # beyond the end: the last row again
+        prefix_rows = prefix_start[:, None] + prefix.minimum((seen[:, None] - 1).clamp(min=0))
+        # A segment without a prefix may name rows beyond the end; they are masked, but must exist.
+        k_rows = torch.cat((prefix_rows.clamp(max=tokens - 1), q_rows), dim=1)
+        within = own < length[:, None]
+        visible = torch.cat(
+            (
+                (prefix < seen[:, None])[:, None].expand(-1, len(own), -1),
+                (own <= own[:, None]) & within[:, None],
+            ),
+            dim=2,
+        )
+        q_rows, k_rows, visible, within = (x.to(q.device) for x in (q_rows, k_rows, visible, within))
+        queries, keys, values = (
+            x.index_select(0, rows.flatten()).view(*rows.shape, -1, dim).transpose(1, 2)
+            for x, rows in ((q, q_rows), (k, k_rows), (v, k_rows))
+        )
+        mixed = functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=visible[:, None], scale=scale, enable_gqa=shared
+        )
+        mixed = mixed.transpose(1, 2).reshape(*q_rows.shape, heads * dim)
+        out = out.index_copy(0, q_rows[within], mixed[within])
+    return out
+
+
+def _buckets(segments: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Segments that are not empty as (start, length, prefix_start, prefix_length), lengths in a bucket alike."""
+    lengths, seen = (segments[:, 1] - segments[:, 0]), (segments[:, 3] - segments[:, 2])
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, (length, prefix) in enumerate(zip(lengths.tolist(), seen.tolist(), strict=True)):
+        if length:
+            groups.setdefault((_step(length), _step(prefix)), []).append(index)
+    return [(segments[at, 0], lengths[at], segments[at, 2], seen[at]) for at in groups.values()]
+
+
+def _step(length: int) -> int:
+    """Lengths within a quarter of each other share a step."""
+    return round(4 * math.log2(length)) if length else -1

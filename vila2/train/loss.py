@@ -1,0 +1,63 @@
+"""The loss of one packed batch: images to visual tokens, spliced among the text's, through the decoder to its labels.
+
+Only rows that carry a label reach the head. Gradients flow to every part whose parameters require them; weights of a
+loaded checkpoint do not until the trainer says so (`requires_grad_`).
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vila2.model.vlm import VisionLanguageModel
+from vila2.ops.cross_entropy import IGNORED, linear_cross_entropy
+from vila2.ops.rope import apply_rope
+from vila2.ops.segments import segment_attention
+
+if TYPE_CHECKING:
+    from vila2.train.batches import PackedBatch
+
+
+class SegmentAttend:
+    """The decoder's `attend` for packed segments: rotary positions, then `segment_attention`."""
+
+    def __init__(self, positions: Tensor, segments: Tensor, cos: Tensor, sin: Tensor) -> None:
+        if bool((positions >= len(cos)).any()):
+            raise ValueError(f"a position of {int(positions.max())}: the decoder has {len(cos)}")
+        self.positions, self.segments, self.cos, self.sin = positions, segments, cos, sin
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = apply_rope(q, self.positions, self.cos, self.sin)
+        k = apply_rope(k, self.positions, self.cos, self.sin)
+        return segment_attention(q, k, v, self.segments, q.shape[-1] ** -0.5)
+
+
+def batch_loss(
+    model: VisionLanguageModel, batch: "PackedBatch", device: str | torch.device
+) -> tuple[Tensor, int]:
+    """The loss summed over the labels of `batch`, and how many there are. The model must be on `device`."""
+    hidden = batch_hidden(model, batch, device)
+    labels = torch.from_numpy(batch.labels)
+    rows = torch.nonzero(labels != IGNORED).squeeze(1)
+    assert len(rows) == batch.num_labels, (len(rows), batch.num_labels)
+    chosen = hidden.index_select(0, rows.to(device))
+    loss = linear_cross_entropy(chosen, model.decoder.lm_head.weight, labels[rows].to(device))
+    return loss, batch.num_labels
+
+
+def batch_hidden(model: VisionLanguageModel, batch: "PackedBatch", device: str | torch.device) -> Tensor:
+    """The decoder's final-normed hidden states (T, hidden) of a batch."""
+    decoder = model.decoder
+    embeddings = decoder.embed(torch.from_numpy(batch.token_ids).clamp(min=0).to(device))
+    if batch.images:
+        visual = torch.cat(model.encode_images(batch.images))
+        rows = torch.from_numpy(batch.visual_rows).to(device)
+        # Not in place: the embedding's gradient leaves out the rows that images took.
+        embeddings = embeddings.index_put((rows,), visual.to(embeddings.dtype))
+    attend = SegmentAttend(
+        torch.from_numpy(batch.positions).to(device),
+        torch.from_numpy(batch.segments),
+        decoder.cos,
+        decoder.sin,
+    )
+    return decoder(embeddings, attend)
