@@ -12,6 +12,7 @@
 
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
+#include "cpu/train.h"
 
 namespace py = pybind11;
 using vila2::cpu::Storage;
@@ -372,6 +373,8 @@ void linear(const vila2::cpu::PackedWeights& weights, py::handle x_object, py::h
   weights.multiply(x.as<float>(), y.as<float>(), rows);
 }
 
+#include "bindings_train.inl"
+
 py::dict cpu_features() {
   const vila2::cpu::Features features = vila2::cpu::features();
   py::dict flags;
@@ -399,6 +402,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope_store", rope_store);
   m.def("paged_attention", paged_attention);
   m.def("image_patches", image_patches);
+  define_training(m);
   py::class_<vila2::cpu::PackedWeights>(m, "PackedWeights")
       .def(py::init(&pack), py::arg("weight"), py::arg("bias"), py::arg("storage"))
       .def("multiply", linear)

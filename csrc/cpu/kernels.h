@@ -82,6 +82,8 @@ struct AttentionTile {
   int64_t token, tokens, position, head, heads;
 };
 
+struct TrainKernels;  // train.h
+
 struct Kernels {
   const char* isa;
   int64_t panel_width;
@@ -98,6 +100,7 @@ struct Kernels {
   void (*gelu)(const ActivationJob& job, int64_t row, int64_t row_end);
   void (*rope_store)(const RopeJob& job, int64_t token, int64_t token_end);
   void (*attention)(const AttentionJob& job, const AttentionTile& tile, float* scratch);
+  const TrainKernels* train;
 };
 
 extern const Kernels kScalar;

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
+#include "cpu/train.h"
 
 namespace vila2::cpu {
 namespace {
@@ -13,14 +14,27 @@ namespace {
 #include "cpu/rows.inl"
 #include "cpu/linear.inl"
 #include "cpu/attention.inl"
+#include "cpu/train_rows.inl"
+#include "cpu/train_attention.inl"
 // clang-format on
 
 }  // namespace
 
 extern const Kernels kAvx2 = {
-    "avx2", kPanel,     kAttentionScratch, kDepthBlock * kPanel, pack,
-    linear, rms_norm,   add_rms_norm,      layer_norm,           silu_mul,
-    gelu,   rope_store, attention,
+    "avx2",
+    kPanel,
+    kAttentionScratch,
+    kDepthBlock * kPanel,
+    pack,
+    linear,
+    rms_norm,
+    add_rms_norm,
+    layer_norm,
+    silu_mul,
+    gelu,
+    rope_store,
+    attention,
+    &kTrain,
 };
 
 }  // namespace vila2::cpu

@@ -2,6 +2,7 @@
 // share with another file would be compiled for this instruction set and might run on a CPU that lacks it.
 
 #include "cpu/kernels.h"
+#include "cpu/train.h"
 
 namespace vila2::cpu {
 namespace {
@@ -12,14 +13,27 @@ namespace {
 #include "cpu/rows.inl"
 #include "cpu/linear.inl"
 #include "cpu/attention.inl"
+#include "cpu/train_rows.inl"
+#include "cpu/train_attention.inl"
 // clang-format on
 
 }  // namespace
 
 extern const Kernels kScalar = {
-    "scalar", kPanel,     kAttentionScratch, kDepthBlock * kPanel, pack,
-    linear,   rms_norm,   add_rms_norm,      layer_norm,           silu_mul,
-    gelu,     rope_store, attention,
+    "scalar",
+    kPanel,
+    kAttentionScratch,
+    kDepthBlock * kPanel,
+    pack,
+    linear,
+    rms_norm,
+    add_rms_norm,
+    layer_norm,
+    silu_mul,
+    gelu,
+    rope_store,
+    attention,
+    &kTrain,
 };
 
 }  // namespace vila2::cpu
