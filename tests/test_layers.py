@@ -56,7 +56,7 @@ RIMS = {
     "click": ("vila2/cli/",),
     "rich": ("vila2/cli/",),
     "rich_click": ("vila2/cli/",),
-    "pydantic": ("vila2/config.py",),
+    "pydantic": ("vila2/config.py", "vila2/train/recipe.py"),
     "pyarrow": ("vila2/data/", "vila2/recaption/", "vila2/cli/"),
     "simplejpeg": ("vila2/data/", "vila2/cli/"),
     "PIL": ("vila2/data/", "vila2/model/", "vila2/backends/"),
