@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": "vila2.cli.verify:verify",
     "export": "vila2.cli.export:export",
     "prompts": "vila2.cli.prompts:prompts",
+    "evaluate": "vila2.cli.evaluate:evaluate",
     "inspect": "vila2.cli.inspect:inspect",
     "convert": "vila2.cli.convert:convert",
     "doctor": "vila2.cli.doctor:doctor",

@@ -1,0 +1,253 @@
+"""What an evaluation found: figures with their intervals, and every answer, so that two can be compared in pairs."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vila2.errors import UsageError
+from vila2.evaluate.bootstrap import Floats, intervals, mcnemar_p, paired_intervals, permutation_p, ratios
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A figure: the sum of `numerator` over that of `denominator`, over the records of `tasks`.
+
+    Both name scores of a record; a name that stands twice counts twice.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    numerator: tuple[str, ...]
+    denominator: tuple[str, ...]
+    better: str = "higher"  # higher, lower, or "" where neither is better
+    is_share: bool = True  # between 0 and 1: shown in per cent
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One answer: what was asked of which scene, what came, and what it scores."""
+
+    scene: int
+    task: str
+    question: str
+    expected: str
+    reply: str
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure, its 95 % interval over scenes (None where it has none), and how many things it is a share of."""
+
+    value: float
+    low: float | None
+    high: float | None
+    count: float
+    better: str = "higher"
+    is_share: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Figures and answers of one checkpoint. `settings` says what was asked: two that agree there can be compared."""
+
+    checkpoint: str
+    model_digest: str
+    compute: str
+    settings: dict[str, Any]
+    metrics: dict[str, Estimate]
+    records: tuple[Record, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        return {"format": FORMAT, **asdict(self)}
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the single answers."""
+        values = self.to_json()
+        values["records"] = len(self.records)
+        return values
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON; a record takes one line. OutputError is the caller's: this raises OSError."""
+        values = self.to_json()
+        records = ",\n".join(json.dumps(record, ensure_ascii=False) for record in values.pop("records"))
+        head = json.dumps(values, ensure_ascii=False, indent=1).rstrip("}").rstrip()
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'{head},\n "records": [\n{records}\n]}}\n', encoding="utf-8")
+
+
+def load_evaluation(path: str | Path) -> Evaluation:
+    """What `Evaluation.save` wrote; UsageError if the file is something else."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        if values.pop("format") != FORMAT:
+            raise ValueError
+        values["metrics"] = {name: Estimate(**value) for name, value in values["metrics"].items()}
+        values["records"] = tuple(Record(**value) for value in values["records"])
+        return Evaluation(**values)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the file: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UsageError(f"{path}: not a result that `vila2-fast evaluate --out` wrote") from None
+
+
+def estimate(records: Sequence[Record], metrics: Iterable[Metric], seed: int) -> dict[str, Estimate]:
+    """Every metric that the records have something for, with its bootstrap interval over scenes."""
+    used = _with_something(records, metrics)
+    if not used:
+        return {}
+    numerators, denominators = _sums(records, used, _scenes(records))
+    values = ratios(numerators.sum(0), denominators.sum(0))
+    bounds = intervals(numerators, denominators, seed)
+    return {
+        metric.name: Estimate(
+            float(values[i]),
+            _finite(bounds[i, 0]),
+            _finite(bounds[i, 1]),
+            float(denominators[:, i].sum()),
+            metric.better,
+            metric.is_share,
+        )
+        for i, metric in enumerate(used)
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One metric in two evaluations. `p` is the paired permutation test's; `mcnemar` (of questions that one model alone
+    got right) is there for metrics that are a share of right answers."""
+
+    a: float
+    b: float
+    low: float | None  # of b - a
+    high: float | None
+    p: float
+    better: str
+    is_share: bool = True
+    mcnemar: float | None = None
+
+    @property
+    def value(self) -> float:
+        return self.b - self.a
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    a: str
+    b: str
+    scenes: int
+    metrics: dict[str, Difference]
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        for name, difference in self.metrics.items():
+            values["metrics"][name]["difference"] = difference.value
+        return values
+
+
+def compare_records(a: Evaluation, b: Evaluation, metrics: Iterable[Metric], seed: int = 0) -> Comparison:
+    """Paired differences b - a, over the questions that both were asked. UsageError if the two do not pair."""
+    first, second = _paired(a, b)
+    used = _with_something(first, metrics)
+    used = [metric for metric in used if metric in _with_something(second, used)]
+    if not used:
+        raise UsageError("the two results have no task in common")
+    scenes = _scenes(first)
+    sums_a, sums_b = _sums(first, used, scenes), _sums(second, used, scenes)
+    bounds = paired_intervals(sums_a, sums_b, seed)
+    p = permutation_p(sums_a, sums_b, seed)
+    value_a, value_b = (ratios(s[0].sum(0), s[1].sum(0)) for s in (sums_a, sums_b))
+    differences = {
+        metric.name: Difference(
+            float(value_a[i]),
+            float(value_b[i]),
+            _finite(bounds[i, 0]),
+            _finite(bounds[i, 1]),
+            float(p[i]),
+            metric.better,
+            metric.is_share,
+            _mcnemar(first, second, metric),
+        )
+        for i, metric in enumerate(used)
+    }
+    return Comparison(a.checkpoint, b.checkpoint, len(scenes), differences)
+
+
+def _paired(a: Evaluation, b: Evaluation) -> tuple[list[Record], list[Record]]:
+    """The records of both for what both were asked, in the same order."""
+    other = [name for name in ("split", "style", "seed") if a.settings.get(name) != b.settings.get(name)]
+    if other:
+        name = other[0]
+        raise UsageError(
+            f"the two results are of different scenes ({name} is {a.settings.get(name)!r} and {b.settings.get(name)!r})"
+        )
+    by_question = {_question(record): record for record in b.records}
+    pairs = [
+        (record, by_question[_question(record)]) for record in a.records if _question(record) in by_question
+    ]
+    if not pairs:
+        raise UsageError("the two results have no question in common: were they made by the same version?")
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _question(record: Record) -> tuple[int, str, str, str]:
+    return record.scene, record.task, record.question, record.expected
+
+
+def _mcnemar(a: Sequence[Record], b: Sequence[Record], metric: Metric) -> float | None:
+    if metric.numerator != ("correct",) or metric.denominator != ("asked",):
+        return None
+    pairs = [
+        (x.scores["correct"], y.scores["correct"])
+        for x, y in zip(a, b, strict=True)
+        if x.task in metric.tasks
+    ]
+    return mcnemar_p(sum(x > y for x, y in pairs), sum(y > x for x, y in pairs))
+
+
+def _scenes(records: Iterable[Record]) -> list[int]:
+    return sorted({record.scene for record in records})
+
+
+def _with_something(records: Iterable[Record], metrics: Iterable[Metric]) -> list[Metric]:
+    """The metrics whose denominator is not 0."""
+    totals: dict[tuple[str, str], float] = {}
+    for record in records:
+        for name, score in record.scores.items():
+            totals[record.task, name] = totals.get((record.task, name), 0.0) + score
+    return [m for m in metrics if any(totals.get((task, name)) for task in m.tasks for name in m.denominator)]
+
+
+def _sums(
+    records: Iterable[Record], metrics: Sequence[Metric], scenes: Sequence[int]
+) -> tuple[Floats, Floats]:
+    """Numerators and denominators (scenes, metrics): the scores of a scene's records, added up."""
+    row = {scene: i for i, scene in enumerate(scenes)}
+    by_task: dict[str, list[tuple[int, Metric]]] = {}
+    for i, metric in enumerate(metrics):
+        for task in metric.tasks:
+            by_task.setdefault(task, []).append((i, metric))
+    numerators, denominators = np.zeros((2, len(scenes), len(metrics)))
+    for record in records:
+        for i, metric in by_task.get(record.task, ()):
+            numerators[row[record.scene], i] += _total(record.scores, metric.numerator)
+            denominators[row[record.scene], i] += _total(record.scores, metric.denominator)
+    return numerators, denominators
+
+
+def _total(scores: Mapping[str, float], names: Iterable[str]) -> float:
+    return sum(scores.get(name, 0.0) for name in names)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
