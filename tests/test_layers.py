@@ -59,7 +59,7 @@ RIMS = {
     "pydantic": ("vila2/config.py", "vila2/train/recipe.py"),
     "pyarrow": ("vila2/data/", "vila2/recaption/", "vila2/cli/"),
     "simplejpeg": ("vila2/data/", "vila2/cli/"),
-    "PIL": ("vila2/data/", "vila2/model/", "vila2/backends/"),
+    "PIL": ("vila2/data/", "vila2/model/", "vila2/backends/", "vila2/world/"),
     "nvidia": ("vila2/data/",),
     "tensorrt_llm": ("vila2/backends/",),
     "triton": ("kernels/",),
