@@ -1,5 +1,6 @@
 """The nouns of training data: what a source gives (`Document`) and what a model is fed (`EncodedExample`)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -18,8 +19,22 @@ VISUAL_TOKEN = (
 
 
 @dataclass(frozen=True, slots=True)
+class LazyImage:
+    """An image that is rendered or read when it is needed, by the one process that needs it.
+
+    `load` may raise SkippedDocument. `name`, if any, stands for what `load` gives, in this run and in later ones.
+    """
+
+    load: Callable[[], Pixels | bytes]
+    name: str | None = None
+
+
+Image = Pixels | bytes | LazyImage
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
-    """One item of a source. An image is uint8 pixels (height, width, 3) or encoded bytes.
+    """One item of a source. An image is uint8 pixels (height, width, 3) or encoded bytes, or gives one of these.
 
     - caption: `text` describes the images; conversations may follow. One whose only question is empty is a further
       caption of the same images.
@@ -31,7 +46,7 @@ class Document:
 
     key: str
     kind: Literal["caption", "conversation", "interleaved", "text"]
-    images: tuple[Pixels | bytes, ...] = ()
+    images: tuple[Image, ...] = ()
     text: str = ""
     conversations: tuple[Conversation, ...] = ()
 
