@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "vila2.cli.export:export",
     "prompts": "vila2.cli.prompts:prompts",
     "evaluate": "vila2.cli.evaluate:evaluate",
+    "world": "vila2.cli.world:world",
     "inspect": "vila2.cli.inspect:inspect",
     "convert": "vila2.cli.convert:convert",
     "doctor": "vila2.cli.doctor:doctor",

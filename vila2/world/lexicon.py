@@ -11,10 +11,16 @@ from importlib.resources import files
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
 NUMBERS = ("no", "one", "two", "three", "four", "five")
-SIGN_WORDS = tuple(
-    ["STOP", "EXIT", "OPEN", "SALE", "CAFE", "HOTEL", "PARK", "BANK", "FOOD", "SHOP", "SLOW", "PUSH", "PULL", "FREE", "WARM", "COLD", "HOT", "ICE", "BAR", "GYM", "ZOO", "TOUR", "MUSIC", "FRESH", "LUNCH", "MENU", "KEEP", "LEFT", "RIGHT", "UP", "NORTH", "SOUTH", "EAST", "WEST", "DANGER", "CLOSED", "WELCOME", "HELP", "QUIET", "BEACH", "FARM", "MARKET", "TOYS", "CINEMA", "POLICE", "SCHOOL", "STAGE", "TICKET", "WATER", "WIFI", "YIELD", "ZONE", "AHEAD", "QUEUE", "JUICE", "VIP", "LOST", "FOUND", "HELLO", "DRIVE", "GARAGE", "MUSEUM"]
+# Three to six letters; none is a name, so that a caption which quotes a sign mentions no object by it.
+# fmt: off
+SIGN_WORDS = (
+    "STOP", "EXIT", "OPEN", "SALE", "CAFE", "HOTEL", "PARK", "BANK", "FOOD", "SHOP", "SLOW", "PUSH", "PULL",
+    "FREE", "WARM", "COLD", "HOT", "ICE", "BAR", "GYM", "ZOO", "TOUR", "MUSIC", "FRESH", "LUNCH", "MENU",
+    "KEEP", "LEFT", "RIGHT", "NORTH", "SOUTH", "EAST", "WEST", "DANGER", "CLOSED", "HELP", "QUIET", "BEACH",
+    "FARM", "MARKET", "TOYS", "CINEMA", "POLICE", "SCHOOL", "STAGE", "TICKET", "WATER", "WIFI", "YIELD",
+    "ZONE", "AHEAD", "QUEUE", "JUICE", "VIP", "LOST", "FOUND", "HELLO", "DRIVE", "GARAGE", "MUSEUM",
 )
-SIGN_WORDS = tuple(word for word in SIGN_WORDS if 3 <= len(word) <= 6)
+# fmt: on
 _GROUPS = {"animal": ("bird", "insect"), "food": ("fruit", "vegetable", "drink")}
 _IRREGULAR_KINDS = {
     "clothes": "clothes",
@@ -84,6 +90,7 @@ class Lexicon:
                 forms[plural_of(synonym)] = (entry.name, True)
         for entry in self.entries:  # a name goes before another's synonym
             forms[entry.plural] = (entry.name, True)
+        for entry in self.entries:
             forms[entry.name] = (entry.name, False)
         return forms
 
@@ -95,17 +102,28 @@ class Lexicon:
     def find(self, text: str) -> dict[str, int]:
         """The names that `text` mentions, in order of first mention, each with the count that it claims.
 
-        The longest form wins ("hot dog" is no dog). "three apples" claims three, "an apple" one, "apples" two;
-        of several mentions of a name the largest claim counts, since a text may come back to a thing.
+        The longest form wins ("hot dog" is no dog). "three apples" claims three, "an apple" one, "apples" two. Within
+        a sentence such claims add up ("a dog on the left and a dog on the right"); from sentence to sentence the
+        largest counts, since a text may come back to a thing. "the dog" and a bare "dog" claim no further one.
         """
-        text = text.lower()
         found: dict[str, int] = {}
-        for match in self._pattern.finditer(text):
-            name, plural = self._forms[match[0]]
-            claimed = _number_before(text[: match.start()])
-            count = claimed if claimed is not None else 2 if plural and name != match[0] else 1
-            found[name] = max(found.get(name, 0), count)
+        for sentence in re.split(r"[.!?;\n]", text.lower()):
+            for name, count in self._claims(sentence).items():
+                found[name] = max(found.get(name, 0), count)
         return {name: count for name, count in found.items() if count > 0}
+
+    def _claims(self, sentence: str) -> dict[str, int]:
+        stated: dict[str, int] = {}  # by number words
+        implied: dict[str, int] = {}  # by a bare noun
+        for match in self._pattern.finditer(sentence):
+            name, plural = self._forms[match[0]]
+            count = _number_before(sentence[: match.start()])
+            if count is None:
+                implied[name] = max(implied.get(name, 0), 2 if plural else 1)
+            else:
+                stated[name] = stated.get(name, 0) + count
+                implied.setdefault(name, 0)
+        return {name: stated.get(name, count) for name, count in implied.items()}
 
     def plural(self, name: str, count: int) -> str:
         """`name` as it follows a number."""

@@ -14,7 +14,7 @@ from vila2.world.settings import STYLES
 SIDE = 80
 COLUMNS = 16
 TURNS = (-12, -6, 0, 6, 12)
-_PREVAILS = 0.40  # the share of the drawn pixels that a colour needs
+_PREVAILS = 0.45  # the share of the drawn pixels that a colour needs
 _CLEARLY = 1.5  # and how many times the share of the next
 _DRAWN = 24  # alpha from which a pixel counts as drawn
 
@@ -103,49 +103,27 @@ def color_numbers(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
         np.where(high == r, (g - b) / safe % 6, np.where(high == g, (b - r) / safe + 2, (r - g) / safe + 4))
         * 60
     )
-    light = (high + low) / 2
-    names = np.select(
-        [
-            (high < 0.27),
-            (chroma < 0.16) & (light > 0.80),
-            (chroma < 0.16) & (light < 0.25),
-            (chroma < 0.16),
-            (hue < 45) & (light < 0.45) & (hue >= 12),
-            (hue < 12) & (light < 0.28),
-            (hue < 12) & (light > 0.70),
-            (hue < 14),
-            (hue < 40) & (chroma < 0.42),
-            (hue < 40),
-            (hue < 68),
-            (hue < 168),
-            (hue < 248),
-            (hue < 288),
-            (hue < 342) & (light < 0.40),
-            (hue < 340),
-        ],
-        [
-            "black",
-            "white",
-            "black",
-            "gray",
-            "brown",
-            "brown",
-            "pink",
-            "red",
-            "brown",
-            "orange",
-            "yellow",
-            "green",
-        ]
-        + ["blue", "purple", "purple", "pink"],
-        "red",
-    )
-    numbers: NDArray[np.int64] = np.searchsorted(_SORTED_COLORS, names)
-    return _SORTED_NUMBERS[numbers]
-
-
-_SORTED_COLORS = np.array(sorted(COLORS))
-_SORTED_NUMBERS = np.array([COLORS.index(color) for color in sorted(COLORS)])
+    vivid = chroma / np.maximum(high, 1e-6)
+    warm = (hue < 45) | (hue >= 345)
+    rules: list[tuple[str, NDArray[np.bool_]]] = [  # the first that fits
+        ("black", (high < 0.24) | ((high < 0.36) & (vivid < 0.5) & ~warm)),
+        ("white", (vivid < 0.17) & (high > 0.86)),
+        ("gray", (vivid < 0.14) | ((vivid < 0.25) & (hue > 190) & (hue < 300))),
+        ("brown", warm & (high < 0.42)),
+        ("brown", warm & (high < 0.72) & (vivid < 0.72)),
+        ("brown", (hue >= 18) & (hue < 45) & (high < 0.66)),
+        ("brown", (hue >= 10) & (hue < 45) & (high < 0.86) & (vivid < 0.52)),
+        ("pink", ((hue < 10) | (hue >= 300)) & (vivid < 0.56) & (high > 0.72)),
+        ("pink", (hue >= 292) & (hue < 341) & (high > 0.6)),
+        ("red", (hue < 14) | (hue >= 335)),
+        ("orange", hue < 41),
+        ("yellow", hue < 66),
+        ("green", hue < 168),
+        ("blue", hue < 246),
+        ("purple", hue < 335),
+    ]
+    names = np.select([fits for _, fits in rules], [np.int64(COLORS.index(name)) for name, _ in rules])
+    return names.astype(np.int64)
 
 
 @lru_cache(maxsize=len(STYLES))

@@ -7,6 +7,7 @@ one of its own pairs, and no scene of another split shows any of them. The rest 
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import combinations
 
 from vila2.world.chance import stable_hash
@@ -21,6 +22,7 @@ def pairs_of(names: Sequence[str], background: str) -> list[tuple[str, str]]:
     return list(combinations(distinct, 2)) if len(distinct) > 1 else [(distinct[0], background)]
 
 
+@lru_cache(maxsize=1 << 15)
 def holder_of(pair: tuple[str, str]) -> str | None:
     """`dev` or `heldout` if the pair is theirs alone."""
     percent = stable_hash("held", *pair) % 100

@@ -28,7 +28,7 @@ def main(*faces: str) -> None:
     sheet.save(Path(__file__).parent / "letters.png", optimize=True)
 
 
-def height(font: ImageFont.FreeTypeFont) -> int:
+def height(font: ImageFont.FreeTypeFont) -> float:
     return -font.getbbox("H", anchor="ls")[1]
 
 

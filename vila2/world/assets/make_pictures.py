@@ -13,8 +13,9 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-import resvg_py
+import resvg_py  # type: ignore[import-not-found]
 from PIL import Image
 
 SIDE = 80
@@ -34,7 +35,7 @@ def main(icons_json: str, sheet_name: str) -> None:
     sheet.save(HERE / sheet_name, "WEBP", quality=90, alpha_quality=95, method=6)
 
 
-def draw(icons: dict, icon: str) -> Image.Image:
+def draw(icons: dict[str, Any], icon: str) -> Image.Image:
     if icon not in icons["icons"]:
         icon = icons["aliases"][icon]["parent"]
     side = 4 * SIDE

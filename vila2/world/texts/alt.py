@@ -69,13 +69,9 @@ def alt_text(scene: Scene, noise: AltNoise | None = None) -> AltText:
             text = "a picture"
         kind = chance.pick(lexicon.hypernyms[names[0]])
         return AltText(text.format(kinds=kind if kind in _NO_PLURAL else plural_of(kind)), "vague")
-    said = []
-    wrong = False
+    said: list[str] = []
     for name in names:
-        if chance.below(noise.wrong):
-            name = _another(chance, scene, said, name)
-            wrong = True
-        said.append(name)
+        said.append(_another(chance, scene, said, name) if chance.below(noise.wrong) else name)
     words = [chance.pick((name, name, *lexicon.synonyms[name][:1])) for name in said]
     if len(words) == 1:
         text = chance.pick(_ONE).format(x=words[0], a=with_article(words[0]))
@@ -85,7 +81,7 @@ def alt_text(scene: Scene, noise: AltNoise | None = None) -> AltText:
         )
     if scene.sign is not None and chance.below(noise.sign):
         text = chance.pick(_SIGN).format(text=text, word=scene.sign.word)
-    return AltText(text, "wrong" if wrong else "true")
+    return AltText(text, "true" if said == names else "wrong")
 
 
 _NO_PLURAL = ("clothes", "furniture", "food", "fruit", "nature")

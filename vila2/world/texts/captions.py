@@ -11,7 +11,8 @@ from vila2.world.scene import OPPOSITE, Object, Relation, Scene, digits, place_o
 CAPTION_PROMPTS: dict[str, tuple[str, ...]] = {
     "detailed": (
         "Write a detailed description of this picture, covering the main subjects, their appearance, and the setting.",
-        "Tell someone who cannot see this picture what it shows: what is there, what is going on, and how it all looks.",
+        "Tell someone who cannot see this picture what it shows: what is there, what is going on, and how it all "
+        "looks.",
         "Describe only what can be clearly seen in this picture, thoroughly and in plain sentences, without lists, "
         "guesses or opinions about its beauty.",
     ),
@@ -44,9 +45,10 @@ PHRASES = {
 }
 RELATIONS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
-_OPENINGS = ("The picture shows {}.", "There is {}.", "This is a picture of {}.", "We see {}.")
+_OPENINGS = ("The picture shows {}.", "There {be} {}.", "This is a picture of {}.", "We see {}.")
 _SIGNS = ('A {color} sign {place} reads "{word}".', 'A {color} sign {place} says "{word}".')
-_BACKGROUNDS = ("The background is {}.", "Behind them is {}.")
+_BACKGROUNDS = ("Behind this is {}.", "The setting is {}.")
+_WORDS = 45  # what a detailed caption tries not to exceed: it costs tokens
 
 
 def caption_for(scene: Scene, kind: str) -> str:
@@ -57,18 +59,21 @@ def caption_for(scene: Scene, kind: str) -> str:
 
 
 def detailed_caption(scene: Scene) -> str:
-    """Every object with its count, most with colour and place, true relations, the sign; 25 to 45 words as a rule."""
+    """Every object with its count and place, most with colour, and the sign; then relations and the background while
+    there is room in 45 words."""
     chance = Chance("detailed", scene.key)
     groups = grouped(scene)
-    things = [_thing(group, color=chance.below(0.7)) + " " + _places(group) for group in groups]
-    sentences = [chance.pick(_OPENINGS).format(join_words(things))]
-    related = one_way(scene, chance)[: 2 if len(groups) > 2 else 1]
-    sentences += [_relation_sentence(relation) for relation in related]
+    colored = 0.8 if len(groups) < 4 else 0.5
+    things = [_thing(group, color=chance.below(colored)) + " " + _places(group) for group in groups]
+    text = _opening(chance, groups, things)
     if scene.sign is not None:
-        sentences.append(_sign_sentence(scene, chance))
-    if chance.below(0.5):
-        sentences.append(_background_sentence(scene, chance))
-    return " ".join(sentences)
+        text += " " + _sign_sentence(scene, chance)
+    more = [_relation_sentence(relation) for relation in one_way(scene, chance)[:3]]
+    more.insert(chance.integer(2), _background_sentence(scene, chance))
+    for sentence in more:
+        if len(text.split()) + len(sentence.split()) <= _WORDS:
+            text += " " + sentence
+    return text
 
 
 def brief_caption(scene: Scene) -> str:
@@ -82,8 +87,9 @@ def brief_caption(scene: Scene) -> str:
 
 def spatial_caption(scene: Scene) -> str:
     chance = Chance("spatial", scene.key)
-    things = [_thing(group, color=False) + " " + _places(group) for group in grouped(scene)]
-    sentences = [chance.pick(_OPENINGS).format(join_words(things))]
+    groups = grouped(scene)
+    things = [_thing(group, color=False) + " " + _places(group) for group in groups]
+    sentences = [_opening(chance, groups, things)]
     sentences += [_relation_sentence(relation) for relation in one_way(scene, chance)[:4]]
     if scene.sign is not None:
         sentences.append(_sign_sentence(scene, chance))
@@ -151,6 +157,10 @@ def one_way(scene: Scene, chance: Chance) -> list[Relation]:
         else Relation(relation.object, OPPOSITE[relation.predicate], relation.subject)
         for relation in chance.shuffled(pairs)
     ]
+
+
+def _opening(chance: Chance, groups: list[list[Object]], things: list[str]) -> str:
+    return chance.pick(_OPENINGS).format(join_words(things), be="is" if len(groups[0]) == 1 else "are")
 
 
 def _thing(group: list[Object], color: bool) -> str:

@@ -16,6 +16,7 @@ from vila2.world.texts.captions import RELATIONS, one_way
 PRESENCE_PAIRS = 3  # POPE: three that are there, three that are not
 _POPULAR = 24  # how many of the most frequent names "popular" negatives come from
 _NEAR = 8  # how many of the likeliest companions "adversarial" negatives come from
+_COUNT_ONE = 0.25
 _PLACE_MARGIN = 0.04  # a centre this close to a line between ninths has no clear place
 
 _PRESENCE = ("Is there {a} in the picture?", "Can you see {a}?", "Does the picture show {a}?")
@@ -113,10 +114,17 @@ def _companions() -> dict[str, list[tuple[str, int]]]:
 
 
 def _count(scene: Scene, task: str, chance: Chance) -> list[Question]:
+    """Every repeated name, and so few of the others that "one" is the answer about half the time."""
     plurals = read_lexicon().plurals
+    counts = scene.counts()
+    asked = [name for name in counts if counts[name] > 1]
+    if chance.below(_COUNT_ONE):
+        asked += chance.sample([name for name in counts if counts[name] == 1], 1)
     return [
-        Question(task, chance.pick(_COUNT).format(plural=plurals[name]), NUMBERS[count], "number", (name,))
-        for name, count in scene.counts().items()
+        Question(
+            task, chance.pick(_COUNT).format(plural=plurals[name]), NUMBERS[counts[name]], "number", (name,)
+        )
+        for name in asked
     ]
 
 
