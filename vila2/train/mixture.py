@@ -17,10 +17,15 @@ from vila2.errors import UsageError
 from vila2.train.examples import Document
 
 BLOCK = 4096  # examples; a weight is a whole number of them
+WINDOW = 16  # stretches that are mixed with one another
 
 
 class TrainSource(Protocol):
-    """Documents by number. `length` None: endless, and every number is a new document."""
+    """Documents by number. `length` None: endless, and every number is a new document.
+
+    A source that reads neighbours together cheaply, and single documents not, has a `stretch`: that many documents
+    then stay together, and are mixed with those of a few other stretches only.
+    """
 
     @property
     def name(self) -> str: ...
@@ -54,6 +59,13 @@ class Mixture:
         self._counts = _apportion(weights)  # per block
         self._block = lru_cache(maxsize=8)(self._make_block)
 
+    def describe(self) -> list[dict[str, object]]:
+        """What decides the order of examples, besides the seed: JSON values to compare when a run goes on."""
+        return [
+            {"name": source.name, "length": source.length, "share": int(count)}
+            for source, count in zip(self.sources, self._counts, strict=True)
+        ]
+
     @property
     def num_examples(self) -> int | None:
         """The examples of one epoch over all sources together; None if one is endless."""
@@ -82,11 +94,15 @@ class Mixture:
         return {source.name: int(count) for source, count in zip(self.sources, counts, strict=True)}
 
     def _index(self, number: int, draw: int) -> int:
-        length = self.sources[number].length
-        if length is None:
+        source = self.sources[number]
+        if source.length is None:
             return draw
-        epoch, place = divmod(draw, length)
-        return permuted(place, length, derived_seed(self.seed, self.sources[number].name, epoch))
+        epoch, place = divmod(draw, source.length)
+        key = derived_seed(self.seed, source.name, epoch)
+        stretch = getattr(source, "stretch", 1)
+        if stretch == 1:
+            return permuted(place, source.length, key)
+        return permuted_in_stretches(place, source.length, stretch, key)
 
     def _make_block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Which source each place of a block belongs to, and which of the source's documents in the block it is."""
@@ -113,6 +129,21 @@ def permuted(place: int, length: int, key: int) -> int:
         place = left << half | right
         if place < length:
             return place
+
+
+def permuted_in_stretches(place: int, length: int, stretch: int, key: int) -> int:
+    """Where `place` goes when whole stretches are permuted, and then the places of each WINDOW of stretches.
+
+    What is left beyond the last whole stretch comes last.
+    """
+    whole = length // stretch
+    if place >= whole * stretch:
+        return place
+    window, inside = divmod(place, WINDOW * stretch)
+    first = window * WINDOW
+    count = min(WINDOW, whole - first)
+    slot, offset = divmod(permuted(inside, count * stretch, derived_seed(key, window)), stretch)
+    return permuted(first + slot, whole, key) * stretch + offset
 
 
 def _needed_length(source: TrainSource) -> int:

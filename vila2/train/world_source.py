@@ -7,11 +7,12 @@ scene's text layout in the place of its image; `instruction` has no scene at all
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vila2.config import nearest
 from vila2.errors import UsageError
-from vila2.train.examples import Conversation, Document
+from vila2.train.examples import Conversation, Document, LazyImage, SkippedDocument
 from vila2.train.mixture import derived_seed
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class WorldSource:
         self.tasks = _names(options.pop("tasks", None))
         self.per_image: int | None = options.pop("per_image", None)
         self.world = _make_world(name, {"image_size": image_size, "seed": seed, "style": style, **options})
+        self._looks = derived_seed("world", repr(self.world.settings))
 
     def document(self, index: int) -> Document:
         from vila2.world import texts
@@ -59,18 +61,21 @@ class WorldSource:
         number = self.start + index
         key = f"{self.name}/{self.split}/{number}"
         if self.texts == ("instruction",):
-            return Document(
-                key, "conversation", conversations=(tuple(texts.instruction(self.split, number)),)
-            )
+            turns = texts.instruction(self.split, number, self.world.settings.seed)
+            return Document(key, "conversation", conversations=(tuple(turns),))
         scene = self.world.scene(self.split, number)
         captions, conversations = self._texts(scene)
         if "layout" in self.texts:
             return _in_words(key, texts.layout(scene), captions, conversations)
-        if captions:
-            text, *others = captions
-            conversations = [*(((("", other),)) for other in others), *conversations]
-            return Document(key, "caption", (self.world.render(scene),), text, tuple(conversations))
-        return Document(key, "conversation", (self.world.render(scene),), conversations=tuple(conversations))
+        if not captions and not conversations:
+            raise SkippedDocument("no_text", f"{key}: nothing is asked about this scene")
+        name = f"world {self._looks:016x} {self.split} {number}"
+        image = LazyImage(partial(self.world.render, scene), name)
+        if not captions:
+            return Document(key, "conversation", (image,), conversations=tuple(conversations))
+        text, *others = captions
+        conversations = [*((("", other),) for other in others), *conversations]
+        return Document(key, "caption", (image,), text, tuple(conversations))
 
     def _texts(self, scene: "Scene") -> tuple[list[str], list[Conversation]]:
         """The captions that stand alone, and the conversations."""
@@ -87,10 +92,8 @@ class WorldSource:
                     captions.append(caption)
                 else:
                     wordings = texts.CAPTION_PROMPTS[kind]
-                    chosen = derived_seed(self.world.settings.seed, kind, scene.split, scene.index) % len(
-                        wordings
-                    )
-                    conversations.append(((wordings[chosen], caption),))
+                    draw = derived_seed(scene.seed, kind, scene.split, scene.index)
+                    conversations.append(((wordings[draw % len(wordings)], caption),))
             elif kind == "questions":
                 asked = texts.questions(scene, tasks=self.tasks, limit=self.per_image)
                 conversations += [((item.question, item.answer),) for item in asked]
