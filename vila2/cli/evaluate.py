@@ -33,6 +33,8 @@ click.rich_click.OPTION_GROUPS["*evaluate"] = [
     {"name": "Output", "options": ["--json", "--help"]},
 ]
 
+_WIDE = 1000  # columns: wider than any table
+
 
 @click.command()
 @click.argument("checkpoint", required=False)
@@ -111,15 +113,11 @@ def evaluate(
 def _measure(
     checkpoint: str, tasks: list[str], out: str | None, as_json: bool, settings: dict[str, Any]
 ) -> None:
-    from vila2.errors import OutputError
     from vila2.evaluate import evaluate as measure
 
     result = measure(checkpoint, tasks, observe=_progress(), **settings)
     if out:
-        try:
-            result.save(out)
-        except OSError as error:
-            raise OutputError(f"{out}: cannot write the result: {error.strerror}") from None
+        result.save(out)
     if as_json:
         click.echo(json.dumps(result.summary()))
     else:
@@ -204,6 +202,7 @@ def _interval(e: "Estimate") -> str:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Columns as wide as what stands in them: a figure is never cut, whatever the terminal's width."""
     from rich.console import Console
     from rich.table import Table
 
@@ -212,4 +211,4 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
         table.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(soft_wrap=True, highlight=False).print(table)
+    Console(width=_WIDE, highlight=False).print(table)

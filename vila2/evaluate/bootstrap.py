@@ -5,7 +5,7 @@ Every figure of the evaluation is sum(numerator) / sum(denominator) over scenes:
 them are one matrix product. Questions of one scene are drawn together, because their errors go together.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,16 +23,28 @@ def ratios(numerators: Floats, denominators: Floats) -> Floats:
 
 
 def intervals(
-    numerators: Floats, denominators: Floats, seed: int, level: float = 0.95, resamples: int = RESAMPLES
+    numerators: Floats,
+    denominators: Floats,
+    seed: int,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    are_shares: Sequence[bool] | None = None,
 ) -> Floats:
     """Percentile intervals (metrics, 2) of the ratios of column sums of two arrays (scenes, metrics).
 
-    Deterministic in the seed. NaN for a metric whose denominator is 0 in every resample.
+    Deterministic in the seed. NaN for a metric whose denominator is 0 in every resample. Where every scene that has
+    something is all wrong (0) or all right (1), resamples cannot differ; the other end of a share (`are_shares`, all
+    unless given) is then the exact binomial one that takes a scene for a single trial, the least that can be said.
     """
     samples = [
         ratios(drawn @ numerators, drawn @ denominators) for drawn in _draws(len(numerators), seed, resamples)
     ]
-    return _percentiles(samples, level, numerators.shape[1])
+    bounds = _percentiles(samples, level, numerators.shape[1])
+    for metric, (low, high) in enumerate(bounds):
+        if low == high and low in (0.0, 1.0) and (are_shares is None or are_shares[metric]):
+            reach = ((1 - level) / 2) ** (1 / np.count_nonzero(denominators[:, metric]))
+            bounds[metric] = (0.0, 1 - reach) if low == 0 else (reach, 1.0)
+    return bounds
 
 
 def paired_intervals(

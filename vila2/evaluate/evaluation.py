@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vila2.errors import UsageError
+from vila2.data.files import atomic_write
+from vila2.errors import OutputError, UsageError
 from vila2.evaluate.bootstrap import Floats, intervals, mcnemar_p, paired_intervals, permutation_p, ratios
 
 FORMAT = 1
@@ -77,13 +78,16 @@ class Evaluation:
         return values
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON; a record takes one line. OutputError is the caller's: this raises OSError."""
+        """Write the JSON, a record a line, whole or not at all. OutputError if it cannot be written."""
         values = self.to_json()
         records = ",\n".join(json.dumps(record, ensure_ascii=False) for record in values.pop("records"))
         head = json.dumps(values, ensure_ascii=False, indent=1).rstrip("}").rstrip()
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'{head},\n "records": [\n{records}\n]}}\n', encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, f'{head},\n "records": [\n{records}\n]}}\n'.encode())
+        except OSError as error:
+            raise OutputError(f"{path}: cannot write the result: {error.strerror}") from None
 
 
 def load_evaluation(path: str | Path) -> Evaluation:
@@ -108,7 +112,7 @@ def estimate(records: Sequence[Record], metrics: Iterable[Metric], seed: int) ->
         return {}
     numerators, denominators = _sums(records, used, _scenes(records))
     values = ratios(numerators.sum(0), denominators.sum(0))
-    bounds = intervals(numerators, denominators, seed)
+    bounds = intervals(numerators, denominators, seed, are_shares=[metric.is_share for metric in used])
     return {
         metric.name: Estimate(
             float(values[i]),

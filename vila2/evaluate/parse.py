@@ -20,6 +20,7 @@ _NUMBERS = {word: value for value, word in enumerate(NUMBER_WORDS)}
 _STRAIGHT = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 _WORD = re.compile(r"[a-z]+(?:'t)?|\d+")
 _AFFIRMED = re.compile(r"\b(?:there (?:is|are)|it is|it does|i (?:can )?see)\b")
+_ONE = re.compile(r"\b(?:is|see|just|only) (?:an?|a single)\b")
 _BOX = re.compile(r"\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]")
 _QUOTED = re.compile(r"\"([^\"]+)\"|(?<!\w)'([^']+)'(?!\w)")
 _SAYS = re.compile(r"\b(?:says|say|reads|read|is|states|shows|displays)\b:?\s+", re.IGNORECASE)
@@ -62,7 +63,7 @@ def number(text: str) -> int | None:
             return _NUMBERS[word]
     if any(word in ("none", "no") or word.endswith("'t") for word in found):
         return 0
-    if any(word in ("a", "an", "single", "once") for word in found):
+    if found and (found[0] in ("a", "an", "single", "once") or _ONE.search(text.lower())):
         return 1
     return None
 

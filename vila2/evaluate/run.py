@@ -13,10 +13,10 @@ from vila2.backends import Captioner
 from vila2.errors import UsageError, VilaError
 from vila2.evaluate import metrics, parse
 from vila2.evaluate.evaluation import Comparison, Estimate, Evaluation, Record, compare_records, estimate
-from vila2.evaluate.tasks import CAPTIONS, METRICS, expand_tasks, score_answer, score_caption
+from vila2.evaluate.tasks import CAPTIONS, METRICS, expand_tasks, score_answer, score_caption, task_of
 from vila2.types import Caption, CaptionRequest, FinishReason, RepetitionRule, SamplingParams
-from vila2.world import SPLITS, STYLES, World, WorldSettings, texts
-from vila2.world.scene import Scene
+from vila2.world import SPLITS, STYLES, Lexicon, Scene, World, WorldSettings, texts
+from vila2.world.texts import Question
 
 MAX_ANSWER_TOKENS = 32
 
@@ -29,9 +29,7 @@ class _Asked:
 
     order: int
     scene: Scene
-    task: str
-    question: str
-    answer: str
+    question: Question
 
 
 def evaluate(
@@ -143,7 +141,7 @@ class _Run:
         done = 0
         for caption in self.captioner.caption(self._requests(indices, left)):
             asked = self.under_way.pop(caption.id)
-            answered.append((asked.order, _record(asked, caption, self.world)))
+            answered.append((asked.order, _record(asked, caption, self.world.lexicon)))
             left[asked.scene.index] -= 1
             if not left[asked.scene.index]:
                 del left[asked.scene.index]
@@ -156,45 +154,46 @@ class _Run:
         order = 0
         for index in indices:
             scene = self.world.scene(self.split, index)
-            asked = list(self._ask(scene))
-            if not asked:
+            questions = self._ask(scene)
+            if not questions:
                 continue  # none of the tasks applies to this scene
-            left[index] = len(asked)
+            left[index] = len(questions)
             image = self.captioner.prepare(self.world.render(scene))
-            for task, question, answer in asked:
-                self.under_way[order] = _Asked(order, scene, task, question, answer)
+            for question in questions:
+                self.under_way[order] = _Asked(order, scene, question)
                 yield CaptionRequest(
                     id=order,
-                    prompt=question,
+                    prompt=question.question,
                     images=(image,),
-                    sampling=self.for_caption if task == CAPTIONS else self.for_answer,
+                    sampling=self.for_caption if question.task == CAPTIONS else self.for_answer,
                     image_key=index,
-                    num_siblings=len(asked),
+                    num_siblings=len(questions),
                 )
                 order += 1
 
-    def _ask(self, scene: Scene) -> Iterator[tuple[str, str, str]]:
-        """(task, question, right answer) of a scene; its caption's wording goes round with its number."""
+    def _ask(self, scene: Scene) -> list[Question]:
+        """Everything asked of a scene; the wording for its caption goes round with its number."""
+        asked = []
         if CAPTIONS in self.tasks:
             wordings = texts.CAPTION_PROMPTS["detailed"]
-            yield CAPTIONS, wordings[scene.index % len(wordings)], texts.detailed_caption(scene)
-        questions = [task for task in self.tasks if task != CAPTIONS]
-        if questions:
-            for question in texts.questions(scene, tasks=questions, limit=self.limit):
-                yield question.task, question.question, question.answer
+            wording = wordings[scene.index % len(wordings)]
+            asked.append(Question(CAPTIONS, wording, texts.detailed_caption(scene), form="caption"))
+        tasks = [task for task in self.tasks if task != CAPTIONS]
+        return asked + (texts.questions(scene, tasks=tasks, limit=self.limit) if tasks else [])
 
 
-def _record(asked: _Asked, caption: Caption, world: World) -> Record:
+def _record(asked: _Asked, caption: Caption, lexicon: Lexicon) -> Record:
+    question, scene = asked.question, asked.scene
     if caption.error is not None:
         raise VilaError(
-            f"scene {asked.scene.key} ({asked.task}): {caption.error.message}: the checkpoint cannot be evaluated"
+            f"scene {scene.key} ({question.task}): {caption.error.message}: this checkpoint cannot be evaluated"
         )
-    if asked.task == CAPTIONS:
-        scores, expected = score_caption(caption.text, asked.scene, world.lexicon.find), asked.answer
+    if question.task == CAPTIONS:
+        scores, expected = score_caption(caption.text, scene, lexicon.find), question.answer
         scores["cut"] = float(caption.finish_reason is not FinishReason.STOP)
     else:
-        scores, expected = score_answer(asked.task, caption.text, asked.answer)
-    return Record(asked.scene.index, asked.task, asked.question, expected, caption.text, scores)
+        scores, expected = score_answer(question, caption.text, lexicon.find)
+    return Record(scene.index, task_of(question), question.question, expected, caption.text, scores)
 
 
 def _open(

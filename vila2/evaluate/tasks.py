@@ -4,11 +4,13 @@ The right answer is read by the same parser as the model's, so nothing here depe
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 from vila2.errors import UsageError
 from vila2.evaluate import metrics, parse, statements
 from vila2.evaluate.evaluation import Metric
+from vila2.world.lexicon import COLORS
 
 CAPTIONS = "captions"
 PRESENCE = ("presence_random", "presence_popular", "presence_adversarial")
@@ -32,6 +34,17 @@ class Scene(Protocol):
     def sign(self) -> Sign | None: ...
     def counts(self) -> dict[str, int]: ...
     def holds(self, subject: str, predicate: str, other: str) -> bool | None: ...
+
+
+class Question(Protocol):
+    """What is asked of `vila2.world.texts.Question` here. `form` says how an answer is to be read."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def form(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
 
 
 def expand_tasks(names: Iterable[str]) -> tuple[str, ...]:
@@ -95,77 +108,67 @@ def _score_signs(text: str, sign: Sign | None) -> Scores:
     }
 
 
-def score_answer(task: str, reply: str, right: str) -> tuple[Scores, str]:
-    """The scores of a reply whose right answer is worded `right`, and that answer as the parser reads it.
+def score_answer(question: Question, reply: str, find: statements.Find) -> tuple[Scores, str]:
+    """The scores of a reply, and the right answer as the parser of its form reads it.
 
     ValueError if the right answer cannot be read: then the question, not the model, is at fault.
     """
-    if task in PRESENCE:
-        return _score_presence(reply, right)
-    if task == "grounding":
-        return _score_grounding(reply, right)
-    if task == "reading":
-        return _score_reading(reply, right)
-    read = READERS[task]
-    expected, said = read(right), read(reply)
+    read: Callable[[str], Any] = READERS.get(question.form) or partial(_name, find=find)
+    expected, said = read(question.answer), read(reply)
     if expected is None:
-        raise ValueError(f"{task}: cannot read the right answer {right!r}")
-    return _asked(said == expected, said is not None), str(expected)
+        raise ValueError(
+            f"{question.task}: cannot read the right answer {question.answer!r} as {question.form}"
+        )
+    scores: Scores = {"asked": 1, "correct": said == expected, "parsed": said is not None}
+    if question.form == "yes_no":
+        scores |= {"is_yes": expected == "yes", "says_yes": said == "yes"}
+        scores["hits"] = scores["is_yes"] and scores["says_yes"]
+    elif question.form == "box":
+        overlap = metrics.iou(said, expected) if said else 0.0
+        scores |= {"iou": overlap, "correct": overlap >= IOU_THRESHOLD}
+    elif question.form == "word":
+        edits = metrics.edit_distance(said or "", expected)
+        scores |= {"edits": min(edits, len(expected)), "characters": len(expected)}
+    if question.task == "relation":
+        scores |= {f"asked_{question.form}": 1, f"correct_{question.form}": scores["correct"]}
+    shown = question.answer if question.form == "box" else str(expected)
+    return {name: float(value) for name, value in scores.items()}, shown
 
 
-def _asked(correct: bool, parsed: bool) -> Scores:
-    return {"asked": 1.0, "correct": float(correct), "parsed": float(parsed)}
+def task_of(question: Question) -> str:
+    """The task that an answer counts for: to name what is in a box is no grounding."""
+    return "naming" if question.task == "grounding" and question.form == "name" else question.task
 
 
-def _score_presence(reply: str, right: str) -> tuple[Scores, str]:
-    expected, said = parse.yes_no(right), parse.yes_no(reply)
-    if expected is None:
-        raise ValueError(f"presence: cannot read the right answer {right!r}")
-    scores = _asked(said is expected, said is not None)
-    scores |= {
-        "is_yes": float(expected),
-        "says_yes": float(said is True),
-        "hits": float(expected and said is True),
-    }
-    return scores, "yes" if expected else "no"
+def _name(text: str, find: statements.Find) -> str | None:
+    return next(iter(find(text)), None)
 
 
-def _score_grounding(reply: str, right: str) -> tuple[Scores, str]:
-    expected, said = parse.box(right), parse.box(reply)
-    if expected is None:
-        raise ValueError(f"grounding: cannot read the right answer {right!r}")
-    overlap = metrics.iou(said, expected) if said else 0.0
-    return _asked(overlap >= IOU_THRESHOLD, said is not None) | {"iou": overlap}, right
-
-
-def _score_reading(reply: str, right: str) -> tuple[Scores, str]:
-    expected, said = parse.normal_sign(parse.reading(right)), parse.normal_sign(parse.reading(reply))
-    if not expected:
-        raise ValueError(f"reading: cannot read the right answer {right!r}")
-    edits = min(metrics.edit_distance(said, expected), len(expected))
-    return _asked(said == expected, bool(said)) | {
-        "edits": float(edits),
-        "characters": float(len(expected)),
-    }, expected
-
-
-def _relation(text: str) -> str | None:
+def _yes_no(text: str) -> str | None:
     said = parse.yes_no(text)
-    if said is not None:
-        return "yes" if said else "no"
+    return None if said is None else "yes" if said else "no"
+
+
+def _predicate(text: str) -> str | None:
     return parse.first_of(text, ("left", "right", "above", "below"), {"under": "below", "over": "above"})
 
 
 def _color(text: str) -> str | None:
-    names = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
-    return parse.first_of(text, names, {"grey": "gray", "violet": "purple"})
+    return parse.first_of(text, COLORS, {"grey": "gray", "violet": "purple"})
 
 
-READERS: Mapping[str, Callable[[str], object]] = {
-    "relation": _relation,
-    "count": parse.number,
-    "position": parse.place,
+def _word(text: str) -> str | None:
+    return parse.normal_sign(parse.reading(text)) or None
+
+
+READERS: Mapping[str, Callable[[str], Any]] = {
+    "yes_no": _yes_no,
+    "number": parse.number,
+    "place": parse.place,
+    "word": _word,
+    "box": parse.box,
     "color": _color,
+    "predicate": _predicate,
 }
 
 
@@ -205,6 +208,9 @@ METRICS: tuple[Metric, ...] = (
         for metric in _presence_metrics(task.replace("presence_", "pope."), (task,))
     ),
     Metric("relation.accuracy", ("relation",), ("correct",), ("asked",)),
+    Metric("relation.yes_no", ("relation",), ("correct_yes_no",), ("asked_yes_no",)),
+    Metric("relation.which", ("relation",), ("correct_name",), ("asked_name",)),
+    Metric("relation.direction", ("relation",), ("correct_predicate",), ("asked_predicate",)),
     Metric("count.accuracy", ("count",), ("correct",), ("asked",)),
     Metric("position.accuracy", ("position",), ("correct",), ("asked",)),
     Metric("color.accuracy", ("color",), ("correct",), ("asked",)),
@@ -212,5 +218,6 @@ METRICS: tuple[Metric, ...] = (
     Metric("reading.cer", ("reading",), ("edits",), ("characters",), better="lower"),
     Metric("grounding.accuracy", ("grounding",), ("correct",), ("asked",)),
     Metric("grounding.mean_iou", ("grounding",), ("iou",), ("asked",)),
-    Metric("answers.readable", QUESTIONS, ("parsed",), ("asked",)),
+    Metric("naming.accuracy", ("naming",), ("correct",), ("asked",)),
+    Metric("answers.readable", (*QUESTIONS, "naming"), ("parsed",), ("asked",)),
 )
