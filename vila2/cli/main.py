@@ -19,6 +19,7 @@ COMMANDS = {
     "recaption": "vila2.cli.recaption:recaption",
     "verify": "vila2.cli.verify:verify",
     "export": "vila2.cli.export:export",
+    "train": "vila2.cli.train:train",
     "prompts": "vila2.cli.prompts:prompts",
     "evaluate": "vila2.cli.evaluate:evaluate",
     "world": "vila2.cli.world:world",

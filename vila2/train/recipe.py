@@ -172,7 +172,7 @@ class LoraSettings(_Settings):
     """Low-rank adapters on the linear layers of `parts`, whose own weights then stay as they are."""
 
     rank: Annotated[int, Field(ge=1)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Annotated[int, Field(ge=1)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     parts: tuple[Part, ...] = ("decoder",)
 
@@ -255,6 +255,7 @@ class Recipe(_Settings):
     device: Annotated[Literal["auto", "cpu", "cuda"], FREE] = "auto"
     threads: Annotated[int | None, FREE, Field(ge=1)] = None  # None: the cores, shared among the processes
     tensorboard: Annotated[bool, FREE] = False
+    measure_ceiling: Annotated[bool, FREE] = True  # half a second, for the share that progress shows
     guard: Annotated[GuardSettings, FREE] = GuardSettings()
     stage: Annotated[tuple[StageSettings, ...], Field(min_length=1)]
 
