@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 if TYPE_CHECKING:
-    from vila2.evaluate.evaluation import Comparison, Estimate, Evaluation
+    from vila2.evaluate import Comparison, Estimate, Evaluation
+    from vila2.evaluate.judge import Judgement
 
 click.rich_click.OPTION_GROUPS["*evaluate"] = [
     {
@@ -29,8 +30,13 @@ click.rich_click.OPTION_GROUPS["*evaluate"] = [
         "name": "Machine",
         "options": ["--device", "--precision", "--batch-size", "--threads", "--max-new-tokens"],
     },
+    {"name": "Captions that are there", "options": ["--captions", "--references", "--truth", "--prompt"]},
     {"name": "Two results", "options": ["--compare"]},
-    {"name": "Output", "options": ["--json", "--help"]},
+    {
+        "name": "A judge of two caption files",
+        "options": ["--pairs", "--judge-url", "--judge-model", "--judge-key", "--judge-workers", "--images"],
+    },
+    {"name": "Output", "options": ["--out", "--json", "--help"]},
 ]
 
 _WIDE = 1000  # columns: wider than any table
@@ -83,76 +89,156 @@ _WIDE = 1000  # columns: wider than any table
 )
 @click.option("--out", metavar="FILE", help="Write figures and every answer as JSON.")
 @click.option("--compare", nargs=2, metavar="A.json B.json", help="What B changes against A, paired.")
+@click.option(
+    "--captions", metavar="PATH", help="Captions: a recaption output, or a .json or .jsonl of keys and texts."
+)
+@click.option("--references", metavar="PATH", help="CIDEr against these: several a key, COCO's layout too.")
+@click.option(
+    "--truth", metavar="PATH", help="A world's folder: objects, CHAIR, relations. [the output's source]"
+)
+@click.option("--prompt", metavar="NAME", help="Which prompt of a recaption output. [its only one]")
+@click.option("--pairs", nargs=2, metavar="A B", help="Two files of captions (as --captions) for a judge.")
+@click.option(
+    "--judge-url", metavar="URL", help="An OpenAI-compatible endpoint, like http://localhost:8000/v1."
+)
+@click.option("--judge-model", metavar="NAME", help="The model's name there.")
+@click.option(
+    "--judge-key",
+    default="OPENAI_API_KEY",
+    show_default=True,
+    metavar="VARIABLE",
+    help="The environment variable that holds the key.",
+)
+@click.option(
+    "--judge-workers", type=click.IntRange(1), default=8, show_default=True, help="Pairs asked at once."
+)
+@click.option("--images", metavar="DIR", help="Show the judge DIR/KEY.jpg (png, webp, gif).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
     checkpoint: str | None,
-    tasks: str,
     compare: tuple[str, str] | None,
+    captions: str | None,
+    pairs: tuple[str, str] | None,
     out: str | None,
     as_json: bool,
-    **settings: Any,
+    **options: Any,
 ) -> None:
     """Measure CHECKPOINT on scenes whose truth is known, with 95 % intervals over scenes.
 
+    Or compare two such results; or score captions that are there; or let a judge choose between two files of them.
+
     \b
-    vila2-fast evaluate CKPT --tasks all --split heldout --scenes 1000 --out ckpt.json
+    vila2-fast evaluate CKPT --tasks all --scenes 1000 --out ckpt.json
     vila2-fast evaluate CKPT --tasks captions,presence --style second
     vila2-fast evaluate --compare before.json after.json
+    vila2-fast evaluate --captions out/ --references coco.json
+    vila2-fast evaluate --pairs a.jsonl b.jsonl --judge-url URL --judge-model NAME
     """
+    given = {
+        "CHECKPOINT": checkpoint,
+        "--compare": compare,
+        "--captions": captions,
+        "--pairs": pairs,
+    }
+    chosen = [name for name, value in given.items() if value]
+    if len(chosen) != 1:
+        what = " and ".join(chosen) or "nothing"
+        raise click.UsageError(f"give one of CHECKPOINT, --compare, --captions and --pairs, not {what}")
     if compare:
-        if checkpoint:
-            raise click.UsageError("--compare takes two result files and no CHECKPOINT")
-        return _compare(*compare, as_json)
-    if not checkpoint:
-        raise click.UsageError("name a CHECKPOINT, or two results with --compare")
-    return _measure(
-        checkpoint, [name.strip() for name in tasks.split(",") if name.strip()], out, as_json, settings
-    )
+        _compare(*compare, as_json)
+    elif pairs:
+        _judge(*pairs, out, as_json, options)
+    elif captions:
+        _report(_score(captions, options), out, as_json)
+    else:
+        _report(_measure(str(checkpoint), options), out, as_json)
 
 
-def _measure(
-    checkpoint: str, tasks: list[str], out: str | None, as_json: bool, settings: dict[str, Any]
-) -> None:
+def _measure(checkpoint: str, options: dict[str, Any]) -> "Evaluation":
     from vila2.evaluate import evaluate as measure
 
-    result = measure(checkpoint, tasks, observe=_progress(), **settings)
+    names = (
+        "split", "style", "scenes", "seed", "limit", "image_size",
+        "device", "precision", "batch_size", "threads", "max_new_tokens",
+    )  # fmt: skip
+    tasks = [name.strip() for name in options["tasks"].split(",") if name.strip()]
+    return measure(checkpoint, tasks, observe=_progress("scenes"), **{name: options[name] for name in names})
+
+
+def _score(captions: str, options: dict[str, Any]) -> "Evaluation":
+    from vila2.evaluate.caption_files import read_captions, read_references
+    from vila2.evaluate.given import evaluate_references, evaluate_truths, source_of
+    from vila2.evaluate.truths import read_truths
+
+    texts = read_captions(captions, options["prompt"])
+    if options["references"]:
+        return evaluate_references(texts, read_references(options["references"]), captions)
+    if not options["truth"] and not Path(captions).is_dir():
+        raise click.UsageError("--captions of a file needs --references or --truth")
+    return evaluate_truths(texts, read_truths(options["truth"] or source_of(Path(captions))), captions)
+
+
+def _report(result: "Evaluation", out: str | None, as_json: bool) -> None:
     if out:
         result.save(out)
     if as_json:
         click.echo(json.dumps(result.summary()))
-    else:
-        _show_evaluation(result)
-        if out:
-            click.echo(f"{len(result.records)} answers -> {out}")
+        return
+    _show_evaluation(result)
+    if out:
+        click.echo(f"{len(result.records)} answers -> {out}")
 
 
 def _compare(a: str, b: str, as_json: bool) -> None:
     from vila2.evaluate import compare, load_evaluation
 
-    result = compare(load_evaluation(Path(a)), load_evaluation(Path(b)))
+    result = compare(load_evaluation(a), load_evaluation(b))
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:
         _show_comparison(result)
 
 
-def _progress() -> Any:
+def _judge(a: str, b: str, out: str | None, as_json: bool, options: dict[str, Any]) -> None:
+    from vila2.data.files import atomic_write, write_error
+    from vila2.evaluate.caption_files import read_captions, read_references
+    from vila2.evaluate.chat import ChatClient, ChatSettings
+    from vila2.evaluate.judge import judge, make_pairs
+
+    if not options["judge_url"] or not options["judge_model"]:
+        raise click.UsageError("--pairs needs --judge-url and --judge-model")
+    truths = read_references(options["references"]) if options["references"] else None
+    images = Path(options["images"]) if options["images"] else None
+    read = [read_captions(path, options["prompt"]) for path in (a, b)]
+    pairs = make_pairs(read[0], read[1], truths, images)
+    settings = ChatSettings(options["judge_url"], options["judge_model"], options["judge_key"])
+    with ChatClient(settings) as client:
+        result = judge(pairs, client, workers=options["judge_workers"], observe=_progress("pairs"))
+    text = json.dumps(result.to_json(), ensure_ascii=False)
+    if out:
+        try:
+            atomic_write(Path(out), text.encode())
+        except OSError as error:
+            raise write_error(Path(out), error) from error
+    click.echo(text) if as_json else _show_judgement(a, b, result)
+
+
+def _progress(what: str) -> Any:
     """A counter on a terminal's stderr; nothing elsewhere."""
     if not sys.stderr.isatty():
         return None
 
     def show(done: int, total: int) -> None:
-        print(f"\r{done}/{total} scenes", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        print(f"\r{done}/{total} {what}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     return show
 
 
 def _show_evaluation(result: "Evaluation") -> None:
-    settings = result.settings
-    click.echo(
-        f"{result.checkpoint}: {len(result.records)} answers in {result.seconds:.1f} s, {settings['scenes']} scenes "
-        f"of {settings['split']}, style {settings['style']}, seed {settings['seed']}, {settings['image_size']} px"
-    )
+    click.echo(f"{result.checkpoint}: {len(result.records)} answers in {result.seconds:.1f} s")
+    words = ("scenes", "split", "style", "seed", "image_size", "precision", "limit", "without_caption")
+    known = [f"{word} {value}" for word in words if (value := result.settings.get(word)) is not None]
+    click.echo(", ".join(known))
     rows = [
         (name, _figure(e.value, e.is_share), _interval(e), f"{e.count:.0f}")
         for name, e in result.metrics.items()
@@ -161,7 +247,10 @@ def _show_evaluation(result: "Evaluation") -> None:
 
 
 def _show_comparison(result: "Comparison") -> None:
-    click.echo(f"A: {result.a}\nB: {result.b}\n{result.scenes} scenes, paired")
+    alone = f" ({result.unpaired} answers stand in one result only)" if result.unpaired else ""
+    click.echo(
+        f"A: {result.a}\nB: {result.b}\n{result.answers} pairs of answers, {result.scenes} scenes{alone}"
+    )
     rows = []
     for name, d in result.metrics.items():
         verdict = ""
@@ -184,6 +273,24 @@ def _show_comparison(result: "Comparison") -> None:
             )
         )
     _table(("", "A", "B", "B - A", "95 % interval", "p", "B is"), rows)
+
+
+def _show_judgement(a: str, b: str, result: "Judgement") -> None:
+    click.echo(f"A: {a}\nB: {b}\n{result.pairs} pairs, each in both orders, by {result.model}")
+    click.echo(
+        f"A wins {result.wins_a}, B wins {result.wins_b}, ties {result.ties} "
+        f"(of which {result.inconsistent} changed with the order)"
+    )
+    click.echo(
+        f"not judged: {result.refused} refused, {result.unreadable} unreadable; {result.retries} retries"
+    )
+    if result.win_rate is not None and result.low is not None and result.high is not None:
+        click.echo(
+            f"B's win rate {result.win_rate:.1%} ({result.low:.1%} to {result.high:.1%}; a tie is half a win), "
+            f"p {result.p:.4f}"
+        )
+    if result.first_share is not None:
+        click.echo(f"the caption shown first was preferred {result.first_share:.1%} of the time")
 
 
 def _figure(value: float, is_share: bool) -> str:

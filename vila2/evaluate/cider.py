@@ -16,12 +16,19 @@ Gram = tuple[str, ...]
 
 MAX_N = 4
 SIGMA = 6.0
-_TOKEN = re.compile(r"\w+(?=n't\b)|n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?:[-./,]\w+)*")
+_TOKEN = re.compile(
+    r"(?:[a-z]\.){2,}|(?:mrs?|ms|dr)\.(?=\s)"  # u.s., mr.
+    r"|\w+(?=n't\b)|n't\b|'(?:s|re|ve|ll|d|m)\b"
+    r"|\w+(?:[-./,:]\w+)*|[$%&#@+=*()\[\]{}]"
+)
+_JOINED = re.compile(r"\b(can(?=not\b)|gon(?=na\b)|wan(?=na\b)|got(?=ta\b))")
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 
 
 def tokenize(text: str) -> list[str]:
-    """Lower-case words without punctuation, contractions apart ("it", "'s"), as the Penn Treebank has them."""
-    return _TOKEN.findall(plain_quotes(text).lower())
+    """The tokens that the Java tokenizer gives: lower case, no punctuation, contractions apart ("it", "'s")."""
+    plain = _JOINED.sub(r"\1 ", plain_quotes(text).lower())
+    return [_BRACKETS.get(token, token) for token in _TOKEN.findall(plain)]
 
 
 def cider(

@@ -11,7 +11,7 @@ import numpy as np
 
 from vila2.data.files import atomic_write
 from vila2.errors import OutputError, UsageError
-from vila2.evaluate.bootstrap import Floats, intervals, mcnemar_p, paired_intervals, permutation_p, ratios
+from vila2.evaluate.bootstrap import Floats, intervals, ratios
 
 FORMAT = 1
 
@@ -107,17 +107,17 @@ def load_evaluation(path: str | Path) -> Evaluation:
 
 def estimate(records: Sequence[Record], metrics: Iterable[Metric], seed: int) -> dict[str, Estimate]:
     """Every metric that the records have something for, with its bootstrap interval over scenes."""
-    used = _with_something(records, metrics)
+    used = with_something(records, metrics)
     if not used:
         return {}
-    numerators, denominators = _sums(records, used, _scenes(records))
+    numerators, denominators = sums(records, used, scenes_of(records))
     values = ratios(numerators.sum(0), denominators.sum(0))
     bounds = intervals(numerators, denominators, seed, are_shares=[metric.is_share for metric in used])
     return {
         metric.name: Estimate(
             float(values[i]),
-            _finite(bounds[i, 0]),
-            _finite(bounds[i, 1]),
+            finite(bounds[i, 0]),
+            finite(bounds[i, 1]),
             float(denominators[:, i].sum()),
             metric.better,
             metric.is_share,
@@ -126,104 +126,11 @@ def estimate(records: Sequence[Record], metrics: Iterable[Metric], seed: int) ->
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One metric in two evaluations. `p` is the paired permutation test's; `mcnemar` (of questions that one model alone
-    got right) is there for metrics that are a share of right answers."""
-
-    a: float
-    b: float
-    low: float | None  # of b - a
-    high: float | None
-    p: float
-    better: str
-    is_share: bool = True
-    mcnemar: float | None = None
-
-    @property
-    def value(self) -> float:
-        return self.b - self.a
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    a: str
-    b: str
-    scenes: int
-    metrics: dict[str, Difference]
-
-    def to_json(self) -> dict[str, Any]:
-        values = asdict(self)
-        for name, difference in self.metrics.items():
-            values["metrics"][name]["difference"] = difference.value
-        return values
-
-
-def compare_records(a: Evaluation, b: Evaluation, metrics: Iterable[Metric], seed: int = 0) -> Comparison:
-    """Paired differences b - a, over the questions that both were asked. UsageError if the two do not pair."""
-    first, second = _paired(a, b)
-    used = _with_something(first, metrics)
-    used = [metric for metric in used if metric in _with_something(second, used)]
-    if not used:
-        raise UsageError("the two results have no task in common")
-    scenes = _scenes(first)
-    sums_a, sums_b = _sums(first, used, scenes), _sums(second, used, scenes)
-    bounds = paired_intervals(sums_a, sums_b, seed)
-    p = permutation_p(sums_a, sums_b, seed)
-    value_a, value_b = (ratios(s[0].sum(0), s[1].sum(0)) for s in (sums_a, sums_b))
-    differences = {
-        metric.name: Difference(
-            float(value_a[i]),
-            float(value_b[i]),
-            _finite(bounds[i, 0]),
-            _finite(bounds[i, 1]),
-            float(p[i]),
-            metric.better,
-            metric.is_share,
-            _mcnemar(first, second, metric),
-        )
-        for i, metric in enumerate(used)
-    }
-    return Comparison(a.checkpoint, b.checkpoint, len(scenes), differences)
-
-
-def _paired(a: Evaluation, b: Evaluation) -> tuple[list[Record], list[Record]]:
-    """The records of both for what both were asked, in the same order."""
-    other = [name for name in ("split", "style", "seed") if a.settings.get(name) != b.settings.get(name)]
-    if other:
-        name = other[0]
-        raise UsageError(
-            f"the two results are of different scenes ({name} is {a.settings.get(name)!r} and {b.settings.get(name)!r})"
-        )
-    by_question = {_question(record): record for record in b.records}
-    pairs = [
-        (record, by_question[_question(record)]) for record in a.records if _question(record) in by_question
-    ]
-    if not pairs:
-        raise UsageError("the two results have no question in common: were they made by the same version?")
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-
-
-def _question(record: Record) -> tuple[int, str, str, str]:
-    return record.scene, record.task, record.question, record.expected
-
-
-def _mcnemar(a: Sequence[Record], b: Sequence[Record], metric: Metric) -> float | None:
-    if metric.numerator != ("correct",) or metric.denominator != ("asked",):
-        return None
-    pairs = [
-        (x.scores["correct"], y.scores["correct"])
-        for x, y in zip(a, b, strict=True)
-        if x.task in metric.tasks
-    ]
-    return mcnemar_p(sum(x > y for x, y in pairs), sum(y > x for x, y in pairs))
-
-
-def _scenes(records: Iterable[Record]) -> list[int]:
+def scenes_of(records: Iterable[Record]) -> list[int]:
     return sorted({record.scene for record in records})
 
 
-def _with_something(records: Iterable[Record], metrics: Iterable[Metric]) -> list[Metric]:
+def with_something(records: Iterable[Record], metrics: Iterable[Metric]) -> list[Metric]:
     """The metrics whose denominator is not 0."""
     totals: dict[tuple[str, str], float] = {}
     for record in records:
@@ -232,7 +139,7 @@ def _with_something(records: Iterable[Record], metrics: Iterable[Metric]) -> lis
     return [m for m in metrics if any(totals.get((task, name)) for task in m.tasks for name in m.denominator)]
 
 
-def _sums(
+def sums(
     records: Iterable[Record], metrics: Sequence[Metric], scenes: Sequence[int]
 ) -> tuple[Floats, Floats]:
     """Numerators and denominators (scenes, metrics): the scores of a scene's records, added up."""
@@ -253,5 +160,5 @@ def _total(scores: Mapping[str, float], names: Iterable[str]) -> float:
     return sum(scores.get(name, 0.0) for name in names)
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None

@@ -12,7 +12,7 @@ from pathlib import Path
 from vila2.backends import Captioner
 from vila2.errors import UsageError, VilaError
 from vila2.evaluate import metrics, parse
-from vila2.evaluate.evaluation import Comparison, Estimate, Evaluation, Record, compare_records, estimate
+from vila2.evaluate.evaluation import Estimate, Evaluation, Record, estimate
 from vila2.evaluate.tasks import CAPTIONS, METRICS, expand_tasks, score_answer, score_caption, task_of
 from vila2.types import Caption, CaptionRequest, FinishReason, RepetitionRule, SamplingParams
 from vila2.world import SPLITS, STYLES, Lexicon, Scene, World, WorldSettings, texts
@@ -95,11 +95,6 @@ def evaluate(
         records=tuple(records),
         seconds=seconds,
     )
-
-
-def compare(a: Evaluation, b: Evaluation, seed: int = 0) -> Comparison:
-    """The differences b - a, paired over the same questions of the same scenes. UsageError if they do not pair."""
-    return compare_records(a, b, METRICS, seed)
 
 
 def diversity(captions: Sequence[str]) -> dict[str, Estimate]:
@@ -190,7 +185,7 @@ def _record(asked: _Asked, caption: Caption, lexicon: Lexicon) -> Record:
         )
     if question.task == CAPTIONS:
         scores, expected = score_caption(caption.text, scene, lexicon.find), question.answer
-        scores["cut"] = float(caption.finish_reason is not FinishReason.STOP)
+        scores |= {"ended": 1.0, "cut": float(caption.finish_reason is not FinishReason.STOP)}
     else:
         scores, expected = score_answer(question, caption.text, lexicon.find)
     return Record(scene.index, task_of(question), question.question, expected, caption.text, scores)

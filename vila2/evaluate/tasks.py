@@ -199,7 +199,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("captions.sign_cer", _C, ("sign_edits",), ("sign_characters",), better="lower"),
     Metric("captions.sign_mentioned", _C, ("sign_mentioned",), ("with_sign",)),
     Metric("captions.sign_invented", _C, ("sign_invented",), ("without_sign",), better="lower"),
-    Metric("captions.cut", _C, ("cut",), ("captions",), better="lower"),
+    Metric("captions.cut", _C, ("cut",), ("ended",), better="lower"),
     Metric("captions.words", _C, ("words",), ("captions",), better="", is_share=False),
     *_presence_metrics("pope", PRESENCE),
     *(
