@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vila2.world.lexicon import COLORS, read_lexicon
-from vila2.world.settings import STYLES
+from vila2.world.settings import MAX_LIGHT, STYLES
 
 SIDE = 80
 COLUMNS = 16
 TURNS = (-12, -6, 0, 6, 12)
-_PREVAILS = 0.45  # the share of the drawn pixels that a colour needs
+_PREVAILS = 0.42  # the share of the drawn pixels that a colour needs
 _CLEARLY = 1.5  # and how many times the share of the next
 _DRAWN = 24  # alpha from which a pixel counts as drawn
 
@@ -46,10 +46,13 @@ class Pictures:
         return whole.width / whole.height
 
     def color(self, name: str) -> str | None:
-        """The colour that prevails in the picture, or None."""
+        """The colour that prevails in the picture, or None. It stays the same however a scene lights the picture."""
         if name not in self._colors:
             pixels = np.asarray(self._cell(name), np.uint8).reshape(-1, 4)
-            self._colors[name] = prevailing_color(pixels[pixels[:, 3] > 200, :3])
+            drawn = pixels[pixels[:, 3] > 200, :3]
+            lights = (1 - MAX_LIGHT, 1.0, 1 + MAX_LIGHT)
+            seen = {prevailing_color(np.minimum(drawn * light, 255).astype(np.uint8)) for light in lights}
+            self._colors[name] = seen.pop() if len(seen) == 1 else None
         return self._colors[name]
 
     def sized(self, name: str, turn: int, flip: bool, width: int, height: int) -> NDArray[np.uint8]:
@@ -107,7 +110,7 @@ def color_numbers(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
     warm = (hue < 45) | (hue >= 345)
     rules: list[tuple[str, NDArray[np.bool_]]] = [  # the first that fits
         ("black", (high < 0.24) | ((high < 0.36) & (vivid < 0.5) & ~warm)),
-        ("white", (vivid < 0.17) & (high > 0.86)),
+        ("white", (vivid < 0.17) & (high > 0.82)),
         ("gray", (vivid < 0.14) | ((vivid < 0.25) & (hue > 190) & (hue < 300))),
         ("brown", warm & (high < 0.42)),
         ("brown", warm & (high < 0.72) & (vivid < 0.72)),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from vila2.errors import UsageError
 
 SPLITS = ("pretrain", "instruct", "dev", "heldout")
+MAX_LIGHT = 0.1  # beyond it, brightness would change what people call a colour
 STYLES = {"fluent": "fluent.webp", "second": "flat.webp"}
 
 
@@ -39,7 +40,7 @@ class WorldSettings:
     sign: float = 0.40
     flip: float = 0.5
     turn: float = 0.4
-    light: float = 0.15  # brightness goes this far up or down
+    light: float = 0.1  # brightness goes this far up or down
     alt: AltNoise = field(default_factory=AltNoise)
 
     def __post_init__(self) -> None:
@@ -53,7 +54,9 @@ class WorldSettings:
             or sum(self.object_counts) <= 0
         ):
             raise UsageError(f"object_counts are 1 to 5 weights, got {self.object_counts}")
-        _rates(self, "repeat", "theme", "sign", "flip", "turn", "light")
+        _rates(self, "repeat", "theme", "sign", "flip", "turn")
+        if not 0 <= self.light <= MAX_LIGHT:
+            raise UsageError(f"light must lie in [0, {MAX_LIGHT}], got {self.light}")
 
 
 def _rates(settings: object, *names: str) -> None:

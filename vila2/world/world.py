@@ -24,6 +24,9 @@ _OVERLAP = 0.04  # of the smaller box
 _LETTERS = (0.085, 0.12)  # the height of a sign's letters: 10 pixels or more at 120
 _WIDEST_SIGN = 0.72
 _TRIES = 24
+_SCENERY = 0.2
+_IN_THEME = 0.85
+MAX_COPIES = 4
 _SHRINK = 0.9
 
 
@@ -76,31 +79,33 @@ class World:
         return image
 
     def _composition(self, chance: Chance, split: str) -> tuple[list[str], Background]:
-        """Names and background that belong to `split`."""
-        count = chance.weighted(range(1, len(self.settings.object_counts) + 1), self._cumulative_counts)
+        """Names and background that belong to `split`. What the rates govern is drawn once, before any is refused."""
+        settings = self.settings
+        count = chance.weighted(range(1, len(settings.object_counts) + 1), self._cumulative_counts)
+        copies = 1
+        if count > 1 and chance.below(settings.repeat):
+            copies = 2 + chance.integer(min(count, MAX_COPIES) - 1)
+        theme = chance.weighted(*self._weighted_themes) if chance.below(settings.theme) else ""
+        pattern = "scenery" if chance.below(_SCENERY) else chance.pick(PATTERNS)
         while True:
-            names = self._names(chance, count)
-            pattern = "scenery" if chance.below(0.2) else chance.pick(PATTERNS)
+            names = self._names(chance, count - copies + 1, theme)
             color = chance.pick(tuple(SCENERY if pattern == "scenery" else TONES))
             if any(self.pictures.color(name) == color for name in names):
                 continue  # a red thing on red would be there but not seen
             backdrop = Background(pattern, color, chance.integer(VARIANTS), round(chance.random(), 3))
-            if split_of(names, backdrop.phrase) == split:
-                return names, backdrop
+            all_names = names + names[:1] * (copies - 1)
+            if split_of(all_names, backdrop.phrase) == split:
+                return all_names, backdrop
 
-    def _names(self, chance: Chance, count: int) -> list[str]:
-        copies = 1
-        if count > 1 and chance.below(self.settings.repeat):
-            copies = 2 + chance.integer(min(count, 4) - 1)
-        distinct = count - copies + 1
+    def _names(self, chance: Chance, count: int, theme: str) -> list[str]:
+        """`count` different names, most of them of `theme`."""
         names: list[str] = []
-        theme = chance.weighted(*self._weighted_themes) if chance.below(self.settings.theme) else None
-        while len(names) < distinct:
-            table = self._weighted_names[theme] if theme and chance.below(0.85) else self._weighted_names[""]
+        while len(names) < count:
+            table = self._weighted_names[theme if chance.below(_IN_THEME) else ""]
             name = chance.weighted(*table)
             if name not in names:
                 names.append(name)
-        return names + names[:1] * (copies - 1)
+        return names
 
     def _place_sign(self, chance: Chance, word: str, backdrop: Background) -> Sign:
         face = chance.integer(signs.FACES)
