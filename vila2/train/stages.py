@@ -51,6 +51,7 @@ def param_groups(model: VisionLanguageModel, stage: StageSettings) -> list[Param
                     weight_decay=stage.weight_decay.of(part),
                     optimizer=stage.optimizer.of(part),
                     betas=stage.betas,
+                    adamw_lr=stage.adamw_lr,
                     blocks=blocks,
                 )
             )
