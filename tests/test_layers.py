@@ -57,6 +57,8 @@ RIMS = {
     "rich": ("vila2/cli/",),
     "rich_click": ("vila2/cli/",),
     "pydantic": ("vila2/config.py", "vila2/train/recipe.py"),
+    "peft": ("vila2/train/lora.py",),
+    "matplotlib": ("vila2/train/plot.py",),
     "pyarrow": ("vila2/data/", "vila2/recaption/", "vila2/cli/"),
     "simplejpeg": ("vila2/data/", "vila2/cli/"),
     "PIL": ("vila2/data/", "vila2/model/", "vila2/backends/", "vila2/world/"),

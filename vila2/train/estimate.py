@@ -41,7 +41,7 @@ class RunEstimate:
 
 def estimate(recipe: Recipe) -> RunEstimate:
     """Probe every stage on this process's device. Nothing is written."""
-    folder = RunFolder(recipe)
+    folder = RunFolder(recipe, caches=False)
     threads = chosen_threads(recipe.threads)
     set_threads(threads)
     with joined(recipe.device) as processes:

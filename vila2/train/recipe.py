@@ -202,6 +202,7 @@ class StageSettings(_Settings):
 
     lr: Rates
     optimizer: Optimizers = Optimizers()
+    adamw_lr: Annotated[float | None, Field(gt=0)] = None  # of what muon leaves to it; None: as lr
     weight_decay: Rates = Rates()
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     schedule: Schedule = "cosine"
@@ -256,6 +257,8 @@ class Recipe(_Settings):
     threads: Annotated[int | None, FREE, Field(ge=1)] = None  # None: the cores, shared among the processes
     tensorboard: Annotated[bool, FREE] = False
     measure_ceiling: Annotated[bool, FREE] = True  # half a second, for the share that progress shows
+    image_cache_gb: Annotated[float, FREE, Field(ge=0)] = 4.0  # images cut once, in OUT/cache
+    image_workers: Annotated[int, FREE, Field(ge=1)] = 1  # threads that load and cut images
     guard: Annotated[GuardSettings, FREE] = GuardSettings()
     stage: Annotated[tuple[StageSettings, ...], Field(min_length=1)]
 

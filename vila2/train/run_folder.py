@@ -18,10 +18,11 @@ RECIPE_FILE = "recipe.json"
 
 
 class RunFolder:
-    """Names what lies where, and says what is done."""
+    """Names what lies where, and says what is done. `cache` holds what may be thrown away; None: nothing is kept."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, caches: bool = True) -> None:
         self.root, self.recipe = Path(recipe.out), recipe
+        self.cache = self.root / "cache" if caches else None
 
     def stage(self, index: int) -> Path:
         return self.root / f"{index + 1:02d}-{self.recipe.stage[index].name}"

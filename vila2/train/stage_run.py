@@ -24,6 +24,7 @@ from vila2.train.checkpointing import checkpoint_blocks
 from vila2.train.encode import ExampleEncoder
 from vila2.train.flops import step_flops
 from vila2.train.guard import Guard, diverged
+from vila2.train.image_cache import ImageCache
 from vila2.train.log import StageLog
 from vila2.train.mixture import derived_seed
 from vila2.train.optim import build_optimizer
@@ -287,13 +288,18 @@ class StageRun:
     def _stream(self, data: tuple[DataSettings, ...], prefetch: int) -> tuple[BatchStream, int]:
         """The batches of these data, and how many steps of them the stage takes."""
         stage, config = self.stage, self.start.config
-        mixture = open_mixture(data, derived_seed(self.recipe.seed, stage.name, "data"))
+        mixture = open_mixture(data, derived_seed(self.recipe.seed, stage.name, "data"), self.folder.cache)
+        processor, cache = config.image_processor(), None
+        most = int(self.recipe.image_cache_gb * 2**30)
+        if self.folder.cache is not None and most and any(source.kind != "world" for source in data):
+            cache = ImageCache(self.folder.cache / "images", processor, most)
         encoder = ExampleEncoder(
             self.start.tokenizer,
             config,
-            config.image_processor(),
+            processor,
             stage.template,
             max_tokens=stage.max_example_tokens or stage.max_tokens,
+            cache=cache,
         )
         stream = BatchStream(
             mixture,
@@ -303,6 +309,7 @@ class StageRun:
             rank=self.processes.rank,
             world_size=self.processes.world_size,
             prefetch=prefetch,
+            workers=self.recipe.image_workers,
         )
         return stream, num_steps(stage, mixture)
 
