@@ -23,6 +23,9 @@ _context.set_forkserver_preload(
         "vila2.backends.native",
         "vila2.recaption.estimate",
         "vila2.recaption.export",
+        "vila2.train.trainer",
+        "vila2.train.estimate",
+        "vila2.world",
         "transformers.modeling_utils",  # loading a tokenizer brings it in
         "transformers.models.auto.tokenization_auto",
         "tests.e2e.harness",

@@ -11,7 +11,8 @@ import os
 import signal
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vila2.errors import OutputError
@@ -66,6 +67,36 @@ def atomic_write(path: Path, data: bytes | memoryview, *, exclusive: bool = Fals
         raise
     _fault.point()
     sync_folder(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path for another library to write to; when the block ends, it becomes `path`, whole or not at all.
+
+    For files that are too large to hold in memory once more. Raises OSError; the temporary file is then removed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{TMP_SUFFIX}")
+    try:
+        _fault.point()
+        yield temporary
+        _fault.point()
+        sync_file(temporary)
+        _fault.point()
+        os.replace(temporary, path)  # noqa: PTH105 - the call that the docstring promises
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fault.point()
+    sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to a file survive a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _write_synced(path: Path, data: memoryview) -> None:

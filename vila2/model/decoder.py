@@ -82,6 +82,21 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = RMSNorm(hidden, config.rms_norm_eps)
         self.gate_up = Linear(hidden, 2 * inner, bias=config.mlp_bias)
         self.down = Linear(inner, hidden, bias=config.mlp_bias)
+        self.config = config
+
+    def forward(self, hidden: Tensor, residual: Tensor, attend: Attend, index: int) -> tuple[Tensor, Tensor]:
+        """The block's output and the residual that it is to be added to; consumes `residual`."""
+        config = self.config
+        normed, residual = self.attn_norm(hidden, residual)
+        q, k, v = self.qkv(normed).split((config.q_size, config.kv_size, config.kv_size), dim=-1)
+        mixed = attend(
+            index,
+            q.unflatten(-1, (config.num_heads, config.head_dim)),
+            k.unflatten(-1, (config.num_kv_heads, config.head_dim)),
+            v.unflatten(-1, (config.num_kv_heads, config.head_dim)),
+        )
+        normed, residual = self.mlp_norm(self.o(mixed), residual)
+        return self.down(silu_mul(self.gate_up(normed))), residual
 
 
 class Decoder(nn.Module):
@@ -132,20 +147,9 @@ class Decoder(nn.Module):
         `attend(layer, q (T, H, D), k (T, KVH, D), v (T, KVH, D))` returns (T, H * D); q, k and v are views
         into one tensor and not yet rotated.
         """
-        config = self.config
         hidden, residual = embeddings, torch.zeros_like(embeddings)  # the ops may write into the residual
         for index, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
-            normed, residual = layer.attn_norm(hidden, residual)
-            q, k, v = layer.qkv(normed).split((config.q_size, config.kv_size, config.kv_size), dim=-1)
-            mixed = attend(
-                index,
-                q.unflatten(-1, (config.num_heads, config.head_dim)),
-                k.unflatten(-1, (config.num_kv_heads, config.head_dim)),
-                v.unflatten(-1, (config.num_kv_heads, config.head_dim)),
-            )
-            normed, residual = layer.mlp_norm(layer.o(mixed), residual)
-            hidden = layer.down(silu_mul(layer.gate_up(normed)))
+            hidden, residual = layer(hidden, residual, attend, index)
         return self.norm(hidden, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,0 +1,157 @@
+"""The training loop of a contrastive tower (`vila2.train.contrastive`) on the world's images and alt-texts.
+
+It is the base that every round of self-augmentation starts from, so it sees what the web would give and no truth:
+scenes of the pretraining split with alt-texts that are short, and at times vague or wrong.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vila2.errors import OutputError
+from vila2.model.tokenizer import load_tokenizer
+from vila2.model.vision import VisionConfig, VisionTower
+from vila2.train.contrastive import WordContrast
+from vila2.train.optim import ParamGroup, build_optimizer
+from vila2.world import World, WorldSettings, texts
+
+_PROBE_KEEP = 50  # patches of a scene of up to five objects
+_PROBE = 512  # scenes of the dev split on which the tower names what it sees
+
+
+@dataclass(frozen=True, slots=True)
+class TowerSettings:
+    """What a tower is trained with. `keep` patches of each image go through it, those that vary most."""
+
+    steps: int
+    batch: int = 128
+    keep: int = 28
+    object_counts: tuple[float, ...] = (0.75, 0.25)  # pictures of one thing or two, as most on the web are
+    muon_lr: float = 5e-3
+    adamw_lr: float = 2e-3
+    warmup: int = 60
+    seed: int = 0
+    log_every: int = 50
+    probe_every: int = 200
+
+
+def fresh_tower(config: VisionConfig, seed: int) -> VisionTower:
+    """A tower with normalisation to -1..1 and weights drawn from `seed`."""
+    torch.manual_seed(seed)
+    tower = VisionTower(config, (0.5,) * 3, (0.5,) * 3)
+    nn.init.normal_(tower.position_embedding, std=0.02)
+    return tower
+
+
+def train_tower(
+    tower: VisionTower,
+    tokenizer_folder: str | Path,
+    settings: TowerSettings,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, float]:
+    """Train `tower` in place; returns its figures. OutputError if the loss is no number any more."""
+    torch.manual_seed(settings.seed + 1)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    pair = WordContrast(tower, len(tokenizer))
+    optimizer = build_optimizer(_groups(pair, settings), "float32")
+    size = tower.config.image_size
+    world = World(WorldSettings(image_size=size, seed=settings.seed, object_counts=settings.object_counts, sign=0.25))
+    usual = World(WorldSettings(image_size=size, seed=settings.seed))
+
+    def batch(step: int) -> tuple[Tensor, list[list[int]]]:
+        scenes = [world.scene("pretrain", step * settings.batch + i) for i in range(settings.batch)]
+        tiles = torch.from_numpy(np.stack([world.render(scene) for scene in scenes]))
+        return tiles, [tokenizer.encode(texts.alt_text(scene, world.settings.alt).text) for scene in scenes]
+
+    started, loss_sum = time.perf_counter(), 0.0
+    for step, (tiles, alts) in enumerate(_ahead(batch, settings.steps)):
+        loss = pair(tiles, alts, settings.keep)
+        if not torch.isfinite(loss):
+            raise OutputError(f"the tower's loss is {loss.item()} at step {step}: lower its learning rates")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.clip_grad_norm(1.0)
+        optimizer.step(_scale(step, settings))
+        loss_sum += loss.item()
+        if (step + 1) % settings.log_every == 0:
+            seconds = time.perf_counter() - started
+            rate = (step + 1) * settings.batch / seconds
+            report(
+                f"step {step + 1}/{settings.steps} loss {loss_sum / settings.log_every:.4f} {rate:.1f} images/s"
+            )
+            loss_sum = 0.0
+        if (step + 1) % settings.probe_every == 0 and step + 1 < settings.steps:
+            report(f"names found {name_recall(pair, usual, tokenizer.encode):.3f}")
+    recall = name_recall(pair, usual, tokenizer.encode)
+    return {
+        "images": float(settings.steps * settings.batch),
+        "seconds": time.perf_counter() - started,
+        "name_recall": recall,
+    }
+
+
+@torch.no_grad()
+def name_recall(pair: WordContrast, world: World, encode: Callable[[str], list[int]]) -> float:
+    """Of the names in dev scenes, the share among the tower's best guesses, as many as the scene has names."""
+    names = world.lexicon.names
+    labels = [encode(f" {name}") for name in names]
+    words = torch.tensor(sorted({token for label in labels for token in label}))
+    places = [torch.searchsorted(words, torch.tensor(label)) for label in labels]
+    found = total = 0
+    for start in range(0, _PROBE, 64):
+        scenes = [world.scene("dev", index) for index in range(start, start + 64)]
+        tiles = torch.from_numpy(np.stack([world.render(scene) for scene in scenes]))
+        scores = pair.logits(tiles, words, _PROBE_KEEP)
+        order = torch.stack([scores[:, at].mean(dim=1) for at in places], dim=1).argsort(
+            dim=1, descending=True
+        )
+        for scene, ranked in zip(scenes, order.tolist(), strict=True):
+            there = {item.name for item in scene.objects}
+            found += len(there & {names[index] for index in ranked[: len(there)]})
+            total += len(there)
+    return found / total
+
+
+def _groups(pair: WordContrast, settings: TowerSettings) -> list[ParamGroup]:
+    named = list(pair.named_parameters())
+    width = pair.vision.config.width
+    blocks = {name: (width,) * 3 for name, _ in named if name.endswith("qkv.weight")}
+    vision = [item for item in named if item[0].startswith("vision.")]
+    heads = [item for item in named if not item[0].startswith("vision.")]
+    return [
+        ParamGroup(
+            "vision", vision, settings.muon_lr, 0.0, "muon", adamw_lr=settings.adamw_lr, blocks=blocks
+        ),
+        ParamGroup("heads", heads, settings.adamw_lr, 0.0, "adamw"),
+    ]
+
+
+def _scale(step: int, settings: TowerSettings) -> float:
+    """Warm-up, then down to a tenth in a straight line over the last half."""
+    left = (settings.steps - step) / settings.steps
+    return min(1.0, (step + 1) / settings.warmup, max(0.1, 2 * left))
+
+
+def _ahead(
+    make: Callable[[int], tuple[Tensor, list[list[int]]]], count: int
+) -> Iterator[tuple[Tensor, list[list[int]]]]:
+    """The batches in order, each made by another thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(make, 0)
+        for step in range(count):
+            batch = coming.result()
+            if step + 1 < count:
+                coming = pool.submit(make, step + 1)
+            yield batch
+
+
+def write_figures(path: Path, settings: TowerSettings, figures: dict[str, float]) -> None:
+    """Settings and figures as JSON."""
+    path.write_text(json.dumps({"settings": asdict(settings)} | figures, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,190 @@
+"""Captions that are true: what each of the named prompts asks for, from what is known of the scene."""
+
+from collections.abc import Callable
+
+from vila2.errors import UsageError
+from vila2.world.chance import Chance
+from vila2.world.lexicon import NUMBERS, join_words, read_lexicon, with_article
+from vila2.world.scene import OPPOSITE, Object, Relation, Scene, digits, place_of
+
+# The wordings of vila2/recaption/prompts.toml, so that a model trained here knows the questions of `recaption`.
+CAPTION_PROMPTS: dict[str, tuple[str, ...]] = {
+    "detailed": (
+        "Write a detailed description of this picture, covering the main subjects, their appearance, and the setting.",
+        "Tell someone who cannot see this picture what it shows: what is there, what is going on, and how it all "
+        "looks.",
+        "Describe only what can be clearly seen in this picture, thoroughly and in plain sentences, without lists, "
+        "guesses or opinions about its beauty.",
+    ),
+    "brief": ("Sum up what this picture shows in one short sentence.",),
+    "spatial": (
+        "Describe this picture in detail, and say how the things in it are placed: what is left or right of, in front "
+        "of or behind, above, below, near or far from what.",
+        "Give a full account of this picture that makes clear where each thing stands relative to the others and to "
+        "the viewer.",
+    ),
+    "grounding": (
+        "Describe this picture and, after each thing you mention, give its box as [xmin,ymin,xmax,ymax] in whole "
+        "numbers from 000 to 999.",
+    ),
+    "ocr": (
+        "Read the writing in this picture: quote each legible piece of text and say briefly where it appears. If there "
+        "is none, say so.",
+    ),
+}
+PHRASES = {
+    "top left": "at the top left",
+    "top": "at the top",
+    "top right": "at the top right",
+    "left": "on the left",
+    "center": "in the center",
+    "right": "on the right",
+    "bottom left": "at the bottom left",
+    "bottom": "at the bottom",
+    "bottom right": "at the bottom right",
+}
+RELATIONS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+
+_OPENINGS = ("The picture shows {}.", "There {be} {}.", "This is a picture of {}.", "We see {}.")
+_SIGNS = ('A {color} sign {place} reads "{word}".', 'A {color} sign {place} says "{word}".')
+_BACKGROUNDS = ("Behind this is {}.", "The setting is {}.")
+_WORDS = 45  # what a detailed caption tries not to exceed: it costs tokens
+
+
+def caption_for(scene: Scene, kind: str) -> str:
+    """The answer to CAPTION_PROMPTS[kind]."""
+    if kind not in _MAKERS:
+        raise UsageError(f"no caption of kind {kind!r}; there are {', '.join(_MAKERS)}")
+    return _MAKERS[kind](scene)
+
+
+def detailed_caption(scene: Scene) -> str:
+    """Every object with its count and place, most with colour, and the sign; then relations and the background while
+    there is room in 45 words."""
+    chance = Chance("detailed", scene.key)
+    groups = grouped(scene)
+    colored = 0.8 if len(groups) < 4 else 0.5
+    things = [_thing(group, color=chance.below(colored)) + " " + _places(group) for group in groups]
+    text = _opening(chance, groups, things)
+    if scene.sign is not None:
+        text += " " + _sign_sentence(scene, chance)
+    more = [_relation_sentence(relation) for relation in one_way(scene, chance)[:3]]
+    more.insert(chance.integer(2), _background_sentence(scene, chance))
+    for sentence in more:
+        if len(text.split()) + len(sentence.split()) <= _WORDS:
+            text += " " + sentence
+    return text
+
+
+def brief_caption(scene: Scene) -> str:
+    chance = Chance("brief", scene.key)
+    things = [_thing(group, color=False) for group in grouped(scene)]
+    if scene.sign is not None:
+        things.append(f'a sign that reads "{scene.sign.word}"')
+    text = join_words(things) + (f" on {scene.background}" if chance.below(0.5) else "")
+    return text[0].upper() + text[1:] + "."
+
+
+def spatial_caption(scene: Scene) -> str:
+    chance = Chance("spatial", scene.key)
+    groups = grouped(scene)
+    things = [_thing(group, color=False) + " " + _places(group) for group in groups]
+    sentences = [_opening(chance, groups, things)]
+    sentences += [_relation_sentence(relation) for relation in one_way(scene, chance)[:4]]
+    if scene.sign is not None:
+        sentences.append(_sign_sentence(scene, chance))
+    return " ".join(sentences)
+
+
+def grounding_caption(scene: Scene) -> str:
+    things = [
+        f"{_thing([thing], color=True)} {digits(thing.box)}" for group in grouped(scene) for thing in group
+    ]
+    text = f"There is {join_words(things)}."
+    if scene.sign is not None:
+        text += f' A sign {digits(scene.sign.box)} reads "{scene.sign.word}".'
+    return text
+
+
+def ocr_caption(scene: Scene) -> str:
+    if scene.sign is None:
+        return "There is no text in this picture."
+    return f'The sign {PHRASES[place_of(scene.sign.box)]} reads "{scene.sign.word}".'
+
+
+_MAKERS: dict[str, Callable[[Scene], str]] = {
+    "detailed": detailed_caption,
+    "brief": brief_caption,
+    "spatial": spatial_caption,
+    "grounding": grounding_caption,
+    "ocr": ocr_caption,
+}
+
+
+def layout(scene: Scene) -> str:
+    """The scene as text alone, sorted by place: what a decoder can read before it has seen an image."""
+    entries = []
+    for thing in scene.objects:
+        color = f" color {thing.color}" if thing.color else ""
+        entries.append((reading_order(thing.box), f"{thing.name} at {digits(thing.box)}{color}"))
+    if scene.sign is not None:
+        sign = scene.sign
+        entries.append(
+            (reading_order(sign.box), f"sign {sign.word} at {digits(sign.box)} color {sign.color}")
+        )
+    return "; ".join(text for _, text in sorted(entries)) + f"; {scene.background}"
+
+
+def reading_order(box: tuple[float, float, float, float]) -> tuple[int, float]:
+    """Rows of a third of the image, then from left to right."""
+    return int((box[1] + box[3]) * 1.5), box[0] + box[2]
+
+
+def grouped(scene: Scene) -> list[list[Object]]:
+    """The objects by name, in reading order."""
+    groups: dict[str, list[Object]] = {}
+    for thing in sorted(scene.objects, key=lambda thing: reading_order(thing.box)):
+        groups.setdefault(thing.name, []).append(thing)
+    return list(groups.values())
+
+
+def one_way(scene: Scene, chance: Chance) -> list[Relation]:
+    """Each related pair once, in one of its two directions, shuffled."""
+    pairs = [relation for relation in scene.relations() if relation.subject < relation.object]
+    return [
+        relation
+        if chance.below(0.5)
+        else Relation(relation.object, OPPOSITE[relation.predicate], relation.subject)
+        for relation in chance.shuffled(pairs)
+    ]
+
+
+def _opening(chance: Chance, groups: list[list[Object]], things: list[str]) -> str:
+    return chance.pick(_OPENINGS).format(join_words(things), be="is" if len(groups[0]) == 1 else "are")
+
+
+def _thing(group: list[Object], color: bool) -> str:
+    """`a brown dog`, `two apples`."""
+    first = group[0]
+    adjective = f"{first.color} " if color and first.color else ""
+    if len(group) == 1:
+        return with_article(adjective + first.name)
+    return f"{NUMBERS[len(group)]} {adjective}{read_lexicon().plurals[first.name]}"
+
+
+def _places(group: list[Object]) -> str:
+    return join_words(dict.fromkeys(PHRASES[place_of(thing.box)] for thing in group))
+
+
+def _relation_sentence(relation: Relation) -> str:
+    return f"The {relation.subject} is {RELATIONS[relation.predicate]} the {relation.object}."
+
+
+def _sign_sentence(scene: Scene, chance: Chance) -> str:
+    assert scene.sign is not None
+    place = PHRASES[place_of(scene.sign.box)]
+    return chance.pick(_SIGNS).format(color=scene.sign.color, place=place, word=scene.sign.word)
+
+
+def _background_sentence(scene: Scene, chance: Chance) -> str:
+    return chance.pick(_BACKGROUNDS).format(scene.background)
