@@ -96,7 +96,8 @@ struct TrainKernels {
 };
 
 // Rows of a tile: enough that packing its keys is little beside the products, few enough for the L2 cache.
-inline int64_t segment_tile_rows(int64_t heads_per_kv_head) {
+// Static: an inline function could be shared between the files of two instruction sets.
+static inline int64_t segment_tile_rows(int64_t heads_per_kv_head) {
   const int64_t rows = 128 / heads_per_kv_head;
   return rows < 16 ? 16 : rows > 64 ? 64 : rows;
 }
