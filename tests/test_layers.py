@@ -65,6 +65,8 @@ RIMS = {
     "nvidia": ("vila2/data/",),
     "tensorrt_llm": ("vila2/backends/",),
     "triton": ("kernels/",),
+    "httpx": ("vila2/backends/", "vila2/evaluate/chat.py"),
+    "lmms_eval": ("vila2/evaluate/lmms.py",),
 }
 # Lazy doors: `vila2.load`, and `python -m vila2`.
 DOORS = ("vila2/__init__.py", "vila2/__main__.py")
