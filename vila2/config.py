@@ -279,6 +279,8 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
         return message
     if item["type"] == "missing":
         return f"missing {location}"
+    if item["type"] == "value_error" and isinstance(item["input"], Mapping):
+        return f"{location}: {message}"  # of a whole table: the message names the key
     message = message.replace("Input should be", "must be").replace("Input should", "must")
     return f"{location}: {message}, got {item['input']!r}"
 
