@@ -13,14 +13,27 @@ namespace {
 #include "cpu/rows.inl"
 #include "cpu/linear.inl"
 #include "cpu/attention.inl"
+#include "cpu/bytes.inl"
 // clang-format on
 
 }  // namespace
 
 extern const Kernels kAvx512 = {
-    "avx512", kPanel,     kAttentionScratch, kDepthBlock * kPanel, pack,
-    linear,   rms_norm,   add_rms_norm,      layer_norm,           silu_mul,
-    gelu,     rope_store, attention,
+    "avx512",
+    kPanel,
+    kAttentionScratch,
+    kDepthBlock * kPanel,
+    pack,
+    linear,
+    rms_norm,
+    add_rms_norm,
+    layer_norm,
+    silu_mul,
+    gelu,
+    rope_store,
+    attention,
+    quantize,
+    byte_linear,
 };
 
 }  // namespace vila2::cpu

@@ -46,6 +46,7 @@ class Capabilities:
 
     isa: str | None
     avx2: bool = False
+    avx2_vnni: bool = False
     avx512: bool = False
     avx512_vnni: bool = False
     avx512_bf16: bool = False
