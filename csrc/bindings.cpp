@@ -1,168 +1,23 @@
-// vila2._C: the only file that knows Python. Tensors come in as they are (anything with torch's data_ptr,
-// shape, stride, dtype); each call checks type, shape and layout, releases the GIL and runs. torch itself is
-// neither linked nor included.
+// vila2._C: Python enters here and in bindings_*. Tensors come in as they are; each call checks type, shape
+// and layout, releases the GIL and runs.
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <array>
-#include <initializer_list>
 #include <string>
-#include <utility>
-#include <vector>
 
+#include "bindings_tensor.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
-#include "cpu/train.h"
 
 namespace py = pybind11;
 using vila2::cpu::Storage;
+using vila2::python::Dtype;
+using vila2::python::fail;
+using vila2::python::Tensor;
 
 namespace {
-
-enum class Dtype { kFloat32, kBfloat16, kUint8, kInt32, kInt64, kOther };
-
-// torch's dtypes are singletons that live as long as the interpreter: their names are read once.
-Dtype dtype_of(PyObject* dtype) {
-  static std::vector<std::pair<PyObject*, Dtype>> known;
-  for (const auto& [object, value] : known) {
-    if (object == dtype) return value;
-  }
-  const std::string name = py::str(py::handle(dtype));
-  const Dtype value = name == "torch.float32"    ? Dtype::kFloat32
-                      : name == "torch.bfloat16" ? Dtype::kBfloat16
-                      : name == "torch.uint8"    ? Dtype::kUint8
-                      : name == "torch.int32"    ? Dtype::kInt32
-                      : name == "torch.int64"    ? Dtype::kInt64
-                                                 : Dtype::kOther;
-  Py_INCREF(dtype);
-  known.emplace_back(dtype, value);
-  return value;
-}
-
-[[noreturn]] void fail(const char* name, const std::string& expected) {
-  throw py::value_error(std::string(name) + ": expected " + expected);
-}
-
-PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
-
-py::object get(py::handle object, PyObject* name, const char* argument) {
-  PyObject* value = PyObject_GetAttr(object.ptr(), name);
-  if (!value) {
-    PyErr_Clear();
-    fail(argument, "a torch tensor");
-  }
-  return py::reinterpret_steal<py::object>(value);
-}
-
-py::object call(py::handle object, PyObject* method) {
-  PyObject* value = PyObject_CallMethodNoArgs(object.ptr(), method);
-  if (!value) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
-}
-
-// Sizes without a heap allocation: a decoding step makes thousands of these.
-class Shape {
- public:
-  Shape() = default;
-  explicit Shape(PyObject* tuple) : count_(static_cast<size_t>(PyTuple_GET_SIZE(tuple))) {
-    for (size_t i = 0; i < std::min(count_, kMost); ++i) {
-      sizes_[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, static_cast<Py_ssize_t>(i)));
-    }
-  }
-  static constexpr size_t kMost = 8;
-  size_t size() const { return count_; }
-  int64_t operator[](size_t i) const { return sizes_[i]; }
-  bool operator==(const Shape& other) const { return equals(other.sizes_, other.count_); }
-  bool equals(const int64_t* sizes, size_t count) const {
-    return count == count_ && std::equal(sizes_, sizes_ + count_, sizes);
-  }
-
- private:
-  int64_t sizes_[kMost] = {};
-  size_t count_ = 0;
-};
-
-struct Tensor {
-  const char* name;
-  py::handle object;
-  Shape shape;
-  Dtype dtype;
-  void* data;
-
-  Tensor(py::handle handle, const char* argument) : name(argument), object(handle) {
-    static PyObject *const shape_name = interned("shape"), *const dtype_name = interned("dtype"),
-                           *const pointer_name = interned("data_ptr"), *const cpu_name = interned("is_cpu");
-    if (get(handle, cpu_name, name).ptr() != Py_True) fail(name, "a tensor on the CPU");
-    shape = Shape(get(handle, shape_name, name).ptr());
-    if (shape.size() > Shape::kMost) fail(name, "at most 8 dimensions");
-    dtype = dtype_of(get(handle, dtype_name, name).ptr());
-    data = PyLong_AsVoidPtr(call(handle, pointer_name).ptr());
-  }
-
-  std::string describe() const {
-    return std::string(py::str(object.attr("dtype"))) + " " +
-           std::string(py::str(py::tuple(object.attr("shape"))));
-  }
-  void require(bool condition, const char* expected) const {
-    if (!condition) fail(name, std::string(expected) + ", got " + describe());
-  }
-  const Tensor& is(Dtype wanted, const char* expected) const {
-    require(dtype == wanted, expected);
-    return *this;
-  }
-  const Tensor& contiguous() const {
-    static PyObject* const method = interned("is_contiguous");
-    require(call(object, method).ptr() == Py_True, "a contiguous tensor");
-    return *this;
-  }
-  const Tensor& sized(std::initializer_list<int64_t> wanted) const {
-    if (!shape.equals(wanted.begin(), wanted.size())) {
-      std::string expected = "shape (";
-      for (const int64_t size : wanted) expected += std::to_string(size) + ", ";
-      require(false, (expected.substr(0, expected.size() - (wanted.size() ? 2 : 0)) + ")").c_str());
-    }
-    return *this;
-  }
-  const Tensor& dims(size_t count) const {
-    require(shape.size() == count, count == 2   ? "2 dimensions"
-                                   : count == 3 ? "3 dimensions"
-                                                : "4 dimensions");
-    return *this;
-  }
-  const Tensor& like(const Tensor& other) const {
-    if (dtype != other.dtype || !(shape == other.shape)) {
-      require(false, (std::string("the type and shape of ") + other.name).c_str());
-    }
-    return *this;
-  }
-  Storage storage() const {
-    require(dtype == Dtype::kFloat32 || dtype == Dtype::kBfloat16, "float32 or bfloat16");
-    return dtype == Dtype::kFloat32 ? Storage::kFloat32 : Storage::kBfloat16;
-  }
-  // Elements between rows of a (rows, heads, dim) tensor whose (heads, dim) part is dense.
-  int64_t row_stride() const {
-    static PyObject* const method = interned("stride");
-    dims(3);
-    const py::object strides = call(object, method);
-    const auto at = [&](int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), i)); };
-    require((shape[2] <= 1 || at(2) == 1) && (shape[1] <= 1 || at(1) == shape[2]),
-            "dense heads within each row");
-    return at(0);
-  }
-  int64_t width() const {
-    require(shape.size() > 0 && shape[shape.size() - 1] > 0, "a last axis that is not empty");
-    return shape[shape.size() - 1];
-  }
-  int64_t rows() const {
-    int64_t count = 1;
-    for (size_t i = 0; i + 1 < shape.size(); ++i) count *= shape[i];
-    return count;
-  }
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data);
-  }
-};
 
 using NormOp = void (*)(const vila2::cpu::NormJob&, int64_t);
 
@@ -373,12 +228,11 @@ void linear(const vila2::cpu::PackedWeights& weights, py::handle x_object, py::h
   weights.multiply(x.as<float>(), y.as<float>(), rows);
 }
 
-#include "bindings_train.inl"
-
 py::dict cpu_features() {
   const vila2::cpu::Features features = vila2::cpu::features();
   py::dict flags;
   flags["avx2"] = features.avx2;
+  flags["avx2_vnni"] = features.avx2_vnni;
   flags["avx512"] = features.avx512;
   flags["avx512_vnni"] = features.avx512_vnni;
   flags["avx512_bf16"] = features.avx512_bf16;
@@ -402,11 +256,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope_store", rope_store);
   m.def("paged_attention", paged_attention);
   m.def("image_patches", image_patches);
-  define_training(m);
   py::class_<vila2::cpu::PackedWeights>(m, "PackedWeights")
       .def(py::init(&pack), py::arg("weight"), py::arg("bias"), py::arg("storage"))
       .def("multiply", linear)
       .def_property_readonly("columns", &vila2::cpu::PackedWeights::columns)
       .def_property_readonly("depth", &vila2::cpu::PackedWeights::depth)
       .def_property_readonly("bytes", &vila2::cpu::PackedWeights::bytes);
+  vila2::python::bind_bytes(m);
+  vila2::python::bind_training(m);
 }

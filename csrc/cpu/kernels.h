@@ -82,6 +82,47 @@ struct AttentionTile {
   int64_t token, tokens, position, head, heads;
 };
 
+// Rows of float32 to rows of bytes: byte = round(x / scale) + zero, in [0, 255], padded with zeros.
+struct ByteRows {
+  uint8_t* bytes;  // (rows, stride), stride a multiple of kByteGroup
+  float* scales;
+  int32_t* zeros;
+  int64_t stride;
+};
+
+// What happens to the rows on their way to bytes.
+enum class Source { kRows, kAddRmsNorm, kLayerNorm };
+
+struct QuantizeJob {
+  Source source;
+  NormJob norm;  // of float32; kRows reads x and width only, and nobody y
+  ByteRows out;
+};
+
+inline constexpr int64_t kByteGroup = 4;   // neighbours along the depth that one 32-bit sum takes in
+inline constexpr int64_t kBytePanel = 16;  // columns of a panel of bytes, on every instruction set
+// A pair of neighbours along the depth is narrow if its positive and its negative weights each sum to at most
+// this: then no instruction set loses a bit of 255 * first + 255 * second in 16 of them.
+inline constexpr int kNarrowPair = 128;
+
+// What becomes of a product before it is stored.
+enum class Finish { kNone, kAdd, kGeluTanh, kGeluQuick, kSiluMul };
+
+// y = finish(x @ weight.T + bias) with weights in bytes: panels (panel, depth / kByteGroup, kBytePanel,
+// kByteGroup). Under kSiluMul the first half of each panel are gates, the second half what they multiply.
+struct ByteLinearJob {
+  ByteRows x;
+  const int8_t* panels;
+  const float* scales;    // these three padded to whole panels
+  const int32_t* sums;    // of a column's weights
+  const float* bias;      // or null
+  const float* residual;  // (rows, columns) for kAdd
+  float* y;               // (rows, columns); (rows, columns / 2) under kSiluMul
+  int64_t columns;        // of the weights
+  Finish finish;
+  bool is_narrow;  // every pair of the weights is
+};
+
 struct TrainKernels;  // train.h
 
 struct Kernels {
@@ -100,12 +141,17 @@ struct Kernels {
   void (*gelu)(const ActivationJob& job, int64_t row, int64_t row_end);
   void (*rope_store)(const RopeJob& job, int64_t token, int64_t token_end);
   void (*attention)(const AttentionJob& job, const AttentionTile& tile, float* scratch);
+  void (*quantize)(const QuantizeJob& job, int64_t row, int64_t row_end, float* scratch);  // of a row's width
+  void (*byte_linear)(const ByteLinearJob& job, int64_t row, int64_t row_end, int64_t panel,
+                      int64_t panel_end);
   const TrainKernels* train;
 };
 
 extern const Kernels kScalar;
 extern const Kernels kAvx2;
+extern const Kernels kAvx2Vnni;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Vnni;
 
 // The table in use: the best that this CPU runs, or the one VILA2_CPU_ISA names. Throws std::runtime_error
 // for a name that is unknown or that this CPU cannot run.
@@ -113,7 +159,7 @@ const Kernels& kernels();
 
 // What the CPU offers, whichever table is in use.
 struct Features {
-  bool avx2, avx512, avx512_vnni, avx512_bf16, amx_bf16;
+  bool avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16, amx_bf16;
 };
 Features features();
 

@@ -14,6 +14,7 @@ namespace {
 #include "cpu/rows.inl"
 #include "cpu/linear.inl"
 #include "cpu/attention.inl"
+#include "cpu/bytes.inl"
 #include "cpu/train_rows.inl"
 #include "cpu/train_attention.inl"
 // clang-format on
@@ -34,6 +35,8 @@ extern const Kernels kAvx2 = {
     gelu,
     rope_store,
     attention,
+    quantize,
+    byte_linear,
     &kTrain,
 };
 

@@ -13,6 +13,7 @@ namespace {
 #include "cpu/rows.inl"
 #include "cpu/linear.inl"
 #include "cpu/attention.inl"
+#include "cpu/bytes.inl"
 #include "cpu/train_rows.inl"
 #include "cpu/train_attention.inl"
 // clang-format on
@@ -33,6 +34,8 @@ extern const Kernels kScalar = {
     gelu,
     rope_store,
     attention,
+    quantize,
+    byte_linear,
     &kTrain,
 };
 

@@ -90,19 +90,18 @@ void silu_mul_rows(const ActivationJob& job, int64_t row, int64_t row_end) {
   }
 }
 
+inline Vec gelu_of(Gelu kind, Vec v) {
+  if (kind == Gelu::kQuick) return v * sigmoid(v * splat(1.702f));
+  // 0.5 (1 + tanh(u)) = sigmoid(2 u)
+  return v * sigmoid(v * fma(v * v, splat(2.f * 0.7978845608f * 0.044715f), splat(2.f * 0.7978845608f)));
+}
+
 template <class T>
 void gelu_rows(const ActivationJob& job, int64_t row, int64_t row_end) {
   const T* x = static_cast<const T*>(job.x) + row * job.width;
   T* y = static_cast<T*>(job.y) + row * job.width;
-  for_each_vec((row_end - row) * job.width, [&](int64_t i, auto get, auto put) {
-    const Vec v = get(x + i);
-    if (job.kind == Gelu::kQuick) {
-      put(y + i, v * sigmoid(v * splat(1.702f)));
-    } else {  // 0.5 (1 + tanh(u)) = sigmoid(2 u)
-      const Vec u = v * fma(v * v, splat(2.f * 0.7978845608f * 0.044715f), splat(2.f * 0.7978845608f));
-      put(y + i, v * sigmoid(u));
-    }
-  });
+  for_each_vec((row_end - row) * job.width,
+               [&](int64_t i, auto get, auto put) { put(y + i, gelu_of(job.kind, get(x + i))); });
 }
 
 template <class In, class Out>

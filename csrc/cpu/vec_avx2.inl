@@ -58,3 +58,60 @@ inline void store_sums4(float* out, Vec a, Vec b, Vec c, Vec d) {
   const Vec pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 }
+
+// Bytes times bytes, in sums of int32: eight lanes, each of four neighbours.
+
+constexpr int kByteSums = 12;  // vectors of sums in a tile
+constexpr int kByteTileRows = 6;
+
+typedef __m256i Ints;
+struct NarrowWeights {
+  __m256i bytes;
+};
+
+inline Ints zero_ints() { return _mm256_setzero_si256(); }
+inline Vec to_float(Ints v) { return _mm256_cvtepi32_ps(v); }
+inline Ints load_ints(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Ints splat_ints(int32_t x) { return _mm256_set1_epi32(x); }
+inline Ints subtract_product(Ints a, Ints b, Ints c) { return _mm256_sub_epi32(a, _mm256_mullo_epi32(b, c)); }
+inline Ints splat_bytes(const uint8_t* p) {
+  int32_t four;
+  __builtin_memcpy(&four, p, 4);
+  return _mm256_set1_epi32(four);
+}
+inline void load_weights(const int8_t* p, NarrowWeights& w) {
+  w.bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+#if defined(__AVXVNNI__)
+typedef NarrowWeights WideWeights;  // nothing saturates on the way
+inline void add_dot4(Ints& sum, Ints x, const NarrowWeights& w) {
+  sum = _mm256_dpbusd_avx_epi32(sum, x, w.bytes);
+}
+#else
+struct WideWeights {
+  __m256i even, odd;
+};
+inline void load_weights(const int8_t* p, WideWeights& w) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  w.even = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
+  w.odd = _mm256_srai_epi16(bytes, 8);
+}
+// The empty asm keeps each addition behind its product: gcc otherwise hoists all products of a tile, and
+// spills.
+inline void add_dot4(Ints& sum, Ints x, const NarrowWeights& w) {
+  const __m256i pairs = _mm256_maddubs_epi16(x, w.bytes);  // exact: see kNarrowPair
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  asm("" : "+x"(sum));
+}
+inline void add_dot4(Ints& sum, Ints x, const WideWeights& w) {
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(255)), w.even));
+  asm("" : "+x"(sum));
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_srli_epi16(x, 8), w.odd));
+  asm("" : "+x"(sum));
+}
+#endif
+inline void store_bytes(uint8_t* p, Vec v) {  // whole numbers in [0, 255]
+  const __m256i wide = _mm256_cvtps_epi32(v);
+  const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(half, half));
+}

@@ -48,3 +48,56 @@ inline float largest(Vec v) { return _mm512_reduce_max_ps(v); }
 inline void store_sums4(float* out, Vec a, Vec b, Vec c, Vec d) {
   out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
 }
+
+// Bytes times bytes, in sums of int32: sixteen lanes, each of four neighbours.
+
+constexpr int kByteSums = 24;  // vectors of sums in a tile
+constexpr int kByteTileRows = 12;
+
+typedef __m512i Ints;
+struct NarrowWeights {
+  __m512i bytes;
+};
+
+inline Ints zero_ints() { return _mm512_setzero_si512(); }
+inline Vec to_float(Ints v) { return _mm512_cvtepi32_ps(v); }
+inline Ints load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline Ints splat_ints(int32_t x) { return _mm512_set1_epi32(x); }
+inline Ints subtract_product(Ints a, Ints b, Ints c) { return _mm512_sub_epi32(a, _mm512_mullo_epi32(b, c)); }
+inline Ints splat_bytes(const uint8_t* p) {
+  int32_t four;
+  __builtin_memcpy(&four, p, 4);
+  return _mm512_set1_epi32(four);
+}
+inline void load_weights(const int8_t* p, NarrowWeights& w) { w.bytes = _mm512_loadu_si512(p); }
+#if defined(__AVX512VNNI__)
+typedef NarrowWeights WideWeights;  // nothing saturates on the way
+inline void add_dot4(Ints& sum, Ints x, const NarrowWeights& w) {
+  sum = _mm512_dpbusd_epi32(sum, x, w.bytes);
+}
+#else
+struct WideWeights {
+  __m512i even, odd;
+};
+inline void load_weights(const int8_t* p, WideWeights& w) {
+  const __m512i bytes = _mm512_loadu_si512(p);
+  w.even = _mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8);
+  w.odd = _mm512_srai_epi16(bytes, 8);
+}
+// The empty asm keeps each addition behind its product: gcc otherwise hoists all products of a tile, and
+// spills.
+inline void add_dot4(Ints& sum, Ints x, const NarrowWeights& w) {
+  const __m512i pairs = _mm512_maddubs_epi16(x, w.bytes);  // exact: see kNarrowPair
+  sum = _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+  asm("" : "+v"(sum));
+}
+inline void add_dot4(Ints& sum, Ints x, const WideWeights& w) {
+  sum = _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_and_si512(x, _mm512_set1_epi16(255)), w.even));
+  asm("" : "+v"(sum));
+  sum = _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_srli_epi16(x, 8), w.odd));
+  asm("" : "+v"(sum));
+}
+#endif
+inline void store_bytes(uint8_t* p, Vec v) {  // whole numbers in [0, 255]
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(v)));
+}

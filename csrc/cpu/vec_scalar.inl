@@ -57,3 +57,30 @@ inline float largest(Vec v) {
 inline void store_sums4(float* out, Vec a, Vec b, Vec c, Vec d) {
   out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
 }
+
+// Bytes times bytes, in sums of int32: four lanes, each of four neighbours.
+
+constexpr int kByteSums = 8;  // vectors of sums in a tile
+constexpr int kByteTileRows = 2;
+
+typedef IntVec Ints;
+struct NarrowWeights {
+  IntVec parts[4];
+};
+typedef NarrowWeights WideWeights;  // nothing saturates on the way
+
+inline Ints zero_ints() { return Ints{0, 0, 0, 0}; }
+inline Vec to_float(Ints v) { return __builtin_convertvector(v, Vec); }
+inline Ints load_ints(const int32_t* p) { return *reinterpret_cast<const Ints*>(p); }
+inline Ints splat_ints(int32_t x) { return Ints{x, x, x, x}; }
+inline Ints subtract_product(Ints a, Ints b, Ints c) { return a - b * c; }
+inline const uint8_t* splat_bytes(const uint8_t* p) { return p; }
+inline void load_weights(const int8_t* p, NarrowWeights& w) {
+  for (int i = 0; i < 4; ++i) w.parts[i] = IntVec{p[i], p[4 + i], p[8 + i], p[12 + i]};
+}
+inline void add_dot4(Ints& sum, const uint8_t* x, const NarrowWeights& w) {
+  for (int i = 0; i < 4; ++i) sum += w.parts[i] * splat_ints(x[i]);
+}
+inline void store_bytes(uint8_t* p, Vec v) {  // whole numbers in [0, 255]
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(v[i]);
+}

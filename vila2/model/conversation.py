@@ -5,10 +5,14 @@ exactly what it will meet. In the loss are an answer, with the space that a temp
 that ends it.
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vila2.errors import UsageError
 from vila2.model.prompt import TEMPLATE_TEXTS, VISUAL_TOKEN, Template, check_template, owns_bos, place_images
@@ -18,16 +22,29 @@ if TYPE_CHECKING:
     from vila2.model.images import PreparedImage
     from vila2.model.vlm import ModelConfig
 
+TokenIds = NDArray[np.int64]
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
 _CACHED_TEXTS = 1 << 15
-_PROBE = "vila2answer{}end".format
+_CACHED_HEADERS = 256
+_QUESTION = "vila2question{}end".format
+_ANSWER = "vila2answer{}end".format
+_LEADING_IMAGES = re.compile(rf"(?:{IMAGE_PLACEHOLDER}\n*)*")
+_NO_TOKENS: TokenIds = np.empty(0, dtype=np.int64)
 
 
 @dataclass(slots=True)
 class TrainingTokens:
-    """`token_ids` with -1 at each visual token, and which of them are in the loss."""
+    """The tokens of `header` (through the last image, if no loss comes before it), then `token_ids`; -1 stands for a
+    visual token. `in_loss` says which of `token_ids` are to be predicted; in the header none is.
 
-    token_ids: list[int]
-    in_loss: list[bool]
+    The header is one and the same array for conversations that begin alike.
+    """
+
+    header: TokenIds = field(default_factory=_NO_TOKENS.view)
+    token_ids: list[int] = field(default_factory=list)
+    in_loss: list[bool] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], in_loss: bool) -> None:
         self.token_ids += ids
@@ -56,10 +73,13 @@ class ConversationEncoder:
                 "the tokenizer names no end-of-sequence token: set eos_token in tokenizer_config.json"
             )
         self.eos_id = int(eos)
-        self._cache: dict[tuple[str, bool], list[int]] = {}
+        # What stands before a text that follows an image: a token that sets it off, or nothing.
+        self._image_anchor = "" if tokenizer.image_token_id is None else IMAGE_PLACEHOLDER
+        self._texts: dict[tuple[str, bool], list[int]] = {}
+        self._headers: dict[tuple[object, ...], TokenIds] = {}
         tokenizer.encode("")  # transformers takes away a truncation that tokenizer.json may ask for
         self._fast = getattr(tokenizer.inner, "backend_tokenizer", None)
-        self._auto_frame = lru_cache(maxsize=4096)(self._render_frame)
+        self._rendered = lru_cache(maxsize=1024)(self._render_frame)
 
     def conversation(
         self, turns: Sequence[tuple[str, str]], images: Sequence["PreparedImage"], template: str | None = None
@@ -70,18 +90,25 @@ class ConversationEncoder:
         another number of them than of images, or a token that the model has no embedding for.
         """
         template = template or self.template
-        questions = self._placed([question for question, _ in turns], images)
+        questions, used = self._placed([question for question, _ in turns], images)
         frame = self._frame(template, questions)
-        tokens, used = TrainingTokens([], []), 0
+        tokens, order = TrainingTokens(), _chunk_lengths(images)
+        if used[0] == len(images):
+            tokens.header = self._header(template, frame.prompts[0], images, order)
         for turn, (prompt, (_, answer), end) in enumerate(zip(frame.prompts, turns, frame.ends, strict=True)):
             with_bos = turn == 0 and not owns_bos(template, prompt, self.tokenizer)
             anchor = "" if turn == 0 else self.tokenizer.name(frame.ends[turn - 1])
             pieces = prompt.split(IMAGE_PLACEHOLDER)
-            used = self._add(tokens, pieces, images, used, anchor, with_bos, in_loss=False)
-            if len(pieces) > 1:
-                anchor, with_bos = self._image_anchor, False
-            answer = _defused(answer.strip())  # noqa: PLW2901 - the same answer
-            tokens.add(self._after(anchor + pieces[-1], with_bos, frame.lead + answer), True)
+            if turn == 0 and len(tokens.header):
+                pieces, anchor, with_bos = pieces[-1:], self._image_anchor, False
+                tokens.add(self._after_image(pieces[0]), False)
+            else:
+                self._add(tokens, pieces, order, anchor, with_bos, in_loss=False)
+                if len(pieces) > 1:
+                    anchor, with_bos = self._image_anchor, False
+                    order = order[len(pieces) - 1 :]
+            written = frame.lead + _defused(answer.strip())
+            tokens.add(self._after(anchor + pieces[-1], with_bos, written), True)
             tokens.add([end], True)
         return self._checked(tokens)
 
@@ -91,20 +118,19 @@ class ConversationEncoder:
 
     def text(self, text: str, images: Sequence["PreparedImage"] = ()) -> TrainingTokens:
         """Text with `<image>` where images go, every token of it in the loss. ValueError as for a conversation."""
-        (placed,) = self._placed([text], images) if images else (_defused(text),)
-        tokens = TrainingTokens([], [])
-        self._add(tokens, placed.split(IMAGE_PLACEHOLDER), images, 0, "", with_bos=True, in_loss=True)
+        placed = self._placed([text], images)[0][0] if images else _defused(text)
+        tokens = TrainingTokens()
+        order = _chunk_lengths(images)
+        self._add(tokens, placed.split(IMAGE_PLACEHOLDER), order, "", with_bos=True, in_loss=True)
         tokens.add([self.eos_id], True)
         tokens.in_loss[0] = False  # nothing stands before it
         return self._checked(tokens)
 
-    @property
-    def _image_anchor(self) -> str:
-        """What stands before a text that follows an image: a token that sets it off, or nothing."""
-        return "" if self.tokenizer.image_token_id is None else IMAGE_PLACEHOLDER
-
-    def _placed(self, questions: list[str], images: Sequence["PreparedImage"]) -> tuple[str, ...]:
-        """The questions with one `<image>` a placeholder; in front of the first where they have none."""
+    def _placed(
+        self, questions: list[str], images: Sequence["PreparedImage"]
+    ) -> tuple[tuple[str, ...], list[int]]:
+        """The questions with one `<image>` a placeholder, and how many images each holds; the first holds all of
+        them where none is named."""
         counts = [question.count(IMAGE_PLACEHOLDER) for question in questions]
         if not any(counts):
             counts[0] = len(images)
@@ -116,37 +142,61 @@ class ConversationEncoder:
         for question, count in zip(questions, counts, strict=True):
             placed.append(place_images(question, images[start : start + count], self.config))
             start += count
-        return tuple(placed)
+        return tuple(placed), counts
+
+    def _header(
+        self, template: str, prompt: str, images: Sequence["PreparedImage"], order: list[int]
+    ) -> TokenIds:
+        """The tokens of a first prompt through its last image."""
+        before = prompt.rpartition(IMAGE_PLACEHOLDER)[0]
+        if not images:
+            return _NO_TOKENS
+        key = (template, before, *order)
+        header = self._headers.get(key)
+        if header is None:
+            tokens = TrainingTokens()
+            pieces = [*before.split(IMAGE_PLACEHOLDER), ""]
+            with_bos = not owns_bos(template, prompt, self.tokenizer)
+            self._add(tokens, pieces, order, "", with_bos, in_loss=False)
+            after = self._after_image("")
+            self._checked(tokens)
+            header = np.array(tokens.token_ids[: len(tokens.token_ids) - len(after)], dtype=np.int64)
+            _remember(self._headers, key, header, _CACHED_HEADERS)
+        return header
 
     def _add(
         self,
         tokens: TrainingTokens,
         pieces: Sequence[str],
-        images: Sequence["PreparedImage"],
-        used: int,
+        order: Sequence[int],
         anchor: str,
         with_bos: bool,
         in_loss: bool,
-    ) -> int:
-        """Add texts with placeholders between them, the first of them after `anchor`. Returns how many are used up.
+    ) -> None:
+        """Add texts with an image between each two, of `order` visual tokens; the first text stands after `anchor`.
 
-        A piece is tokenised with the placeholders around it, where those are tokens, as in the whole text.
+        A text is tokenised with the placeholders around it, where those are tokens, as in the whole.
         """
-        order = [image for image in images for _ in range(image.num_placeholders)]
-        mark, image_id = self._image_anchor, self.tokenizer.image_token_id
+        image_id = self.tokenizer.image_token_id
+        last = len(pieces) - 1
         for place, piece in enumerate(pieces):
             if place:
-                image = order[used]
-                used += 1
-                tokens.add([VISUAL_TOKEN] * (image.num_tokens // image.num_placeholders), False)
-                if self.config.token_newline:
-                    tokens.add(self.tokenizer.newline_ids, False)
-                anchor, with_bos = mark, False
-            ids = self._after(anchor, with_bos, piece + mark * (place < len(pieces) - 1))
-            if place < len(pieces) - 1 and image_id is not None:
+                tokens.add([VISUAL_TOKEN] * order[place - 1], False)
+            marked = piece if place == last else piece + self._image_anchor
+            if place:
+                newline = list(self.tokenizer.newline_ids) if self.config.token_newline else []
+                tokens.add(newline, False)
+                ids = self._after(self._image_anchor, False, marked)
+            else:
+                ids = self._after(anchor, with_bos, marked)
+            if place < last and image_id is not None:
                 ids = ids[: ids.index(image_id)]
             tokens.add(ids, in_loss)
-        return used
+
+    def _after_image(self, text: str) -> list[int]:
+        """What follows the visual tokens of an image when `text` does."""
+        ids = self._after(self._image_anchor, False, text) if text else []
+        return [*self.tokenizer.newline_ids, *ids] if self.config.token_newline else ids
 
     def _after(self, context: str, with_bos: bool, text: str) -> list[int]:
         """The tokens that `text` adds to those of `context`; where they would melt together, its own tokens.
@@ -159,15 +209,13 @@ class ConversationEncoder:
         return both[len(before) :] if both[: len(before)] == before else self._ids(text, False)
 
     def _ids(self, text: str, with_bos: bool) -> list[int]:
-        ids = self._cache.get((text, with_bos))
+        ids = self._texts.get((text, with_bos))
         if ids is None:
             if self._fast is None:
                 ids = self.tokenizer.encode(text, with_bos)
             else:  # a third of the time that transformers takes for the same
                 ids = self._fast.encode(text, add_special_tokens=with_bos).ids
-            if len(self._cache) >= _CACHED_TEXTS:
-                self._cache.pop(next(iter(self._cache)))
-            self._cache[text, with_bos] = ids
+            _remember(self._texts, (text, with_bos), ids, _CACHED_TEXTS)
         return ids
 
     def _frame(self, template: str, questions: tuple[str, ...]) -> _Frame:
@@ -189,8 +237,29 @@ class ConversationEncoder:
                 return found
         return self.eos_id
 
+    def _auto_frame(self, questions: tuple[str, ...]) -> _Frame:
+        """The checkpoint's own chat template around the answers.
+
+        Rendering is dear, so plain questions are put into a frame that was rendered with marks in their place. A
+        question at whose text a template might look (spaces at its ends, anything in angle brackets) is rendered.
+        """
+        heads, bodies = [], []
+        for question in questions:
+            head = _LEADING_IMAGES.match(question)
+            cut = head.end() if head else 0
+            heads.append(question[:cut])
+            bodies.append(question[cut:])
+        if any("<" in body or not body or body != body.strip() for body in bodies):
+            return self._rendered(questions)
+        frame = self._rendered(tuple(head + _QUESTION(turn) for turn, head in enumerate(heads)))
+        prompts = [
+            prompt.replace(_QUESTION(turn), body, 1)
+            for turn, (prompt, body) in enumerate(zip(frame.prompts, bodies, strict=True))
+        ]
+        return _Frame(tuple(prompts), frame.lead, frame.ends)
+
     def _render_frame(self, questions: tuple[str, ...]) -> _Frame:
-        """The checkpoint's own chat template around the answers, found by rendering it with marks in their place.
+        """The frame of these questions, found by rendering the template with marks in the place of the answers.
 
         Where it sets no special token after an answer, the end of sequence is set there: a model has to learn to
         stop. ValueError if the template loses an answer.
@@ -198,11 +267,11 @@ class ConversationEncoder:
         messages = []
         for turn, question in enumerate(questions):
             messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": _PROBE(turn)})
+            messages.append({"role": "assistant", "content": _ANSWER(turn)})
         rest = self.tokenizer.apply_chat_template(messages, add_generation_prompt=False)
         pieces = []
         for turn in range(len(questions)):
-            before, found, rest = rest.partition(_PROBE(turn))
+            before, found, rest = rest.partition(_ANSWER(turn))
             if not found:
                 raise ValueError("the chat template loses an answer: choose another template")
             pieces.append(before)
@@ -224,12 +293,26 @@ class ConversationEncoder:
         return self.eos_id, text
 
     def _checked(self, tokens: TrainingTokens) -> TrainingTokens:
-        beyond = max(tokens.token_ids)
+        beyond = max(tokens.token_ids, default=0)
         if beyond >= self.config.decoder.vocab_size:
             raise ValueError(
                 f"the text holds the token {self.tokenizer.name(beyond)!r}, for which the model has no embedding"
             )
         return tokens
+
+
+def _remember(cache: dict[Key, Value], key: Key, value: Value, limit: int) -> None:
+    """Add to a bounded dictionary; the oldest entry leaves."""
+    if len(cache) >= limit:
+        cache.pop(next(iter(cache)))
+    cache[key] = value
+
+
+def _chunk_lengths(images: Sequence["PreparedImage"]) -> list[int]:
+    """The visual tokens of each placeholder."""
+    return [
+        image.num_tokens // image.num_placeholders for image in images for _ in range(image.num_placeholders)
+    ]
 
 
 def _defused(text: str) -> str:

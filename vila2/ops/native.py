@@ -56,6 +56,7 @@ class Capabilities:
 
     isa: str | None
     avx2: bool = False
+    avx2_vnni: bool = False
     avx512: bool = False
     avx512_vnni: bool = False
     avx512_bf16: bool = False

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vila2.model.vlm import ModelConfig
 
 _LIMITS = DecodeLimits()
+_NO_ROW = Row(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.bool_))
 # VILA squeezes the spaces around an image; its newline is the model's own.
 _AROUND_IMAGE = re.compile(r"[ \t]*<image>\s*")
 
@@ -88,10 +89,11 @@ class ExampleEncoder:
         document = self._tidied(document)
         images = [self._outline(image, len(document.images)) for image in document.images]
         try:
-            rows = [_row(tokens) for tokens in self._tokens(document, images)]
+            texts = self._tokens(document, images)
         except ValueError as error:
             raise SkippedDocument("bad_prompt", f"{document.key}: {error}") from None
-        plans = [self._plan(document, images, same, cut) for same, cut in _grouped(rows, bool(images))]
+        groups = [(_NO_ROW, [_row(tokens) for tokens in texts])] if not images else _by_header(texts)
+        plans = [self._plan(document, images, prefix, rows) for prefix, rows in groups]
         plans = [plan for plan in plans if plan.example.branches]
         if not plans:
             raise SkippedDocument(
@@ -108,14 +110,18 @@ class ExampleEncoder:
         return example.num_rows + self.tile_rows * example.num_tiles
 
     def _plan(
-        self, document: Document, images: Sequence[PreparedImage], rows: Sequence[Row], shared: int
+        self, document: Document, images: Sequence[PreparedImage], prefix: Row, rows: Sequence[Row]
     ) -> Plan:
-        kept, limit = len(images), self.max_tokens
-        if images and not shared:
+        kept, limit = len(images), self.max_tokens - len(prefix)
+        if not images:
+            shared = _common(rows)
+            prefix, rows = _part(rows[0], 0, shared), [_part(row, shared, len(row)) for row in rows]
+            limit -= shared
+        elif not len(prefix):
             limit, kept = _cut_between_images(rows[0], images, limit)
-        branches = [_part(row, shared, min(len(row), limit)) for row in rows]
-        learnt = tuple(branch for branch in branches if branch.in_loss[shared == 0 :].any())
-        prefix = _part(rows[0], 0, shared)
+        branches = [_part(row, 0, max(0, min(len(row), limit))) for row in rows]
+        first = 0 if len(prefix) else 1  # nothing stands before the first token of all
+        learnt = tuple(branch for branch in branches if branch.in_loss[first:].any())
         return Plan(
             EncodedExample(document.key, tuple(images[:kept]), prefix, learnt),
             document.images[:kept],
@@ -174,23 +180,16 @@ class ExampleEncoder:
         return prepared
 
 
-def _grouped(rows: Sequence[Row], has_images: bool) -> list[tuple[list[Row], int]]:
-    """Rows that share a prefix, and how long it is."""
-    if not has_images:
-        return [(list(rows), _common(rows))] if rows else []
-    groups: dict[bytes | int, tuple[list[Row], int]] = {}
-    for number, row in enumerate(rows):
-        shared = _through_images(row)
-        header = row.token_ids[:shared].tobytes() if shared else number
-        groups.setdefault(header, ([], shared))[0].append(row)
+def _by_header(texts: Sequence[TrainingTokens]) -> list[tuple[Row, list[Row]]]:
+    """Texts that share a header, which becomes a prefix. One whose images come later stays alone, and so does one that
+    begins with the loss: its first token is predicted by the header's last row, which can predict one token only."""
+    groups: dict[bytes | int, tuple[Row, list[Row]]] = {}
+    for number, tokens in enumerate(texts):
+        header = tokens.header
+        prefix = Row(header, np.zeros(len(header), dtype=np.bool_))
+        name = header.tobytes() if len(header) and not tokens.in_loss[0] else number
+        groups.setdefault(name, (prefix, []))[1].append(_row(tokens))
     return list(groups.values())
-
-
-def _through_images(row: Row) -> int:
-    """What other texts about the same images may share: all up to the last visual token, if no loss lies there."""
-    visual = np.flatnonzero(row.token_ids == VISUAL_TOKEN)
-    cut = int(visual[-1]) + 1 if len(visual) else 0
-    return 0 if row.in_loss[: cut + 1].any() else cut
 
 
 def _common(rows: Sequence[Row]) -> int:

@@ -109,7 +109,8 @@ class RecaptionSource:
         original = defused(record["original"].strip())
         captions = {name: record["captions"][name] for name in self._prompts if name in record["captions"]}
         how = MODES[self.mode]
-        text, turns = original, ()
+        text = original
+        turns: tuple[Conversation, ...] = ()
         if how is not None:
             sample = Sample(shard, number, record["key"], original=record["original"])
             merged = merge(original, self._answered(sample, captions, how), how)

@@ -74,7 +74,9 @@ class DataSettings(_Settings):
     @model_validator(mode="after")
     def _fits_its_kind(self) -> "DataSettings":
         known = DATA_KEYS[self.kind] | _EVERY_KIND
-        for key in sorted(self.model_fields_set - known):
+        fields = type(self).model_fields
+        given = {key for key in self.model_fields_set if getattr(self, key) != fields[key].default}
+        for key in sorted(given - known):
             raise ValueError(f"{self.kind} data has no key {key!r}{nearest(key, sorted(known))}")
         if "path" in known and not self.path:
             raise ValueError(f"{self.kind} data needs a path")
@@ -198,7 +200,7 @@ class StageSettings(_Settings):
     max_tokens: Annotated[int, Field(ge=16)] = 8192  # of a micro-batch, of one process
     max_example_tokens: Annotated[int | None, Field(ge=16)] = None  # None: as max_tokens; longer ones are cut
     template: str | None = None  # the chat template of this stage; None: the model's
-    data: Annotated[tuple[DataSettings, ...], Field(min_length=1)]
+    data: tuple[DataSettings, ...]
 
     lr: Rates
     optimizer: Optimizers = Optimizers()
@@ -233,6 +235,8 @@ class StageSettings(_Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "StageSettings":
+        if not self.data:
+            raise ValueError(f"stage {self.name}: it has no data: add a [[stage.data]]")
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"stage {self.name}: give steps or epochs, one of them")
         if len(set(self.train)) != len(self.train):
@@ -260,12 +264,14 @@ class Recipe(_Settings):
     image_cache_gb: Annotated[float, FREE, Field(ge=0)] = 4.0  # images cut once, in OUT/cache
     image_workers: Annotated[int, FREE, Field(ge=1)] = 1  # threads that load and cut images
     guard: Annotated[GuardSettings, FREE] = GuardSettings()
-    stage: Annotated[tuple[StageSettings, ...], Field(min_length=1)]
+    stage: tuple[StageSettings, ...]
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         if not self.out.strip():
             raise ValueError("out must not be empty")
+        if not self.stage:
+            raise ValueError("the recipe has no [[stage]]")
         if (self.base is None) == (self.model is None):
             raise ValueError("give base (a checkpoint) or [model] (its parts), one of them")
         names = [stage.name for stage in self.stage]

@@ -253,3 +253,13 @@ def test_unknown_splits_and_indices() -> None:
         WORLDS["fluent"].scene("test", 0)
     with pytest.raises(UsageError):
         WORLDS["fluent"].scene("dev", -1)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_name_has_a_picture(style: str) -> None:
+    """The sheets are made from names.tsv in its order: a name added without new sheets would show here."""
+    pictures = WORLDS[style].pictures
+    for name in WORLDS[style].lexicon.names:
+        whole = pictures.picture(name, 0, False)[0]
+        assert max(whole.size) >= 76
+        assert np.asarray(whole)[..., 3].mean() > 25

@@ -1,4 +1,17 @@
-// The training kernels' bindings: part of bindings.cpp, whose Tensor checks every argument.
+// Kernels of training: forward passes that keep what their gradients need, and the gradients.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings.h"
+#include "bindings_tensor.h"
+#include "cpu/train.h"
+
+namespace vila2::python {
+namespace {
 
 void norm_forward(py::handle x_object, py::object residual_object, py::handle weight_object, double eps,
                   py::object summed_object, py::handle y_object, py::handle scales_object) {
@@ -14,12 +27,12 @@ void norm_forward(py::handle x_object, py::object residual_object, py::handle we
     residual = Tensor(residual_object, "residual").like(x).contiguous().data;
     summed = Tensor(summed_object, "summed").like(x).contiguous().data;
   }
-  const vila2::cpu::NormForwardJob job{x.data,      residual,  weight.data,
-                                       summed,      y.data,    scales.as<float>(),
-                                       x.storage(), x.width(), static_cast<float>(eps)};
+  const cpu::NormForwardJob job{x.data,      residual,  weight.data,
+                                summed,      y.data,    scales.as<float>(),
+                                x.storage(), x.width(), static_cast<float>(eps)};
   const int64_t rows = x.rows();
   const py::gil_scoped_release release;
-  vila2::cpu::norm_forward(job, rows);
+  cpu::norm_forward(job, rows);
 }
 
 void norm_grad(py::handle y_grad_object, py::object summed_grad_object, py::handle summed_object,
@@ -37,12 +50,11 @@ void norm_grad(py::handle y_grad_object, py::object summed_grad_object, py::hand
   if (!summed_grad_object.is_none()) {
     summed_grad = Tensor(summed_grad_object, "summed_grad").like(y_grad).contiguous().data;
   }
-  const vila2::cpu::NormGradJob job{y_grad.data, summed_grad,        summed.data,
-                                    weight.data, scales.as<float>(), x_grad.data,
-                                    nullptr,     y_grad.storage(),   y_grad.width()};
+  const cpu::NormGradJob job{y_grad.data, summed_grad, summed.data,      weight.data,   scales.as<float>(),
+                             x_grad.data, nullptr,     y_grad.storage(), y_grad.width()};
   const int64_t rows = y_grad.rows();
   const py::gil_scoped_release release;
-  vila2::cpu::norm_grad(job, rows, weight_grad.data);
+  cpu::norm_grad(job, rows, weight_grad.data);
 }
 
 void silu_mul_grad(py::handle gate_up_object, py::handle y_grad_object, py::handle out_object) {
@@ -52,18 +64,17 @@ void silu_mul_grad(py::handle gate_up_object, py::handle y_grad_object, py::hand
   y_grad.contiguous().require(y_grad.dtype == gate_up.dtype, "the type of gate_up");
   gate_up.require(gate_up.width() == 2 * y_grad.width() && gate_up.rows() == y_grad.rows(),
                   "twice the width of y_grad, and its rows");
-  const vila2::cpu::ActivationGradJob job{gate_up.data,     y_grad.data,    out.data,
-                                          y_grad.storage(), y_grad.width(), {}};
+  const cpu::ActivationGradJob job{gate_up.data, y_grad.data, out.data, y_grad.storage(), y_grad.width(), {}};
   const int64_t rows = y_grad.rows();
   const py::gil_scoped_release release;
-  vila2::cpu::silu_mul_grad(job, rows);
+  cpu::silu_mul_grad(job, rows);
 }
 
 // GELU of any kind (y_grad is None), or its gradient.
 void gelu_grad(py::handle x_object, py::object y_grad_object, const std::string& kind,
                py::handle out_object) {
   const Tensor x(x_object, "x"), out(out_object, "out");
-  using vila2::cpu::GeluGrad;
+  using cpu::GeluGrad;
   if (kind != "gelu" && kind != "gelu_pytorch_tanh" && kind != "quick_gelu") {
     fail("kind", "gelu, gelu_pytorch_tanh or quick_gelu");
   }
@@ -74,10 +85,10 @@ void gelu_grad(py::handle x_object, py::object y_grad_object, const std::string&
   out.like(x).contiguous();
   const void* y_grad =
       y_grad_object.is_none() ? nullptr : Tensor(y_grad_object, "y_grad").like(x).contiguous().data;
-  const vila2::cpu::ActivationGradJob job{x.data, y_grad, out.data, x.storage(), x.width(), choice};
+  const cpu::ActivationGradJob job{x.data, y_grad, out.data, x.storage(), x.width(), choice};
   const int64_t elements = x.rows() * x.width();
   const py::gil_scoped_release release;
-  vila2::cpu::gelu_grad(job, elements);
+  cpu::gelu_grad(job, elements);
 }
 
 void softmax_error(py::handle logits_object, py::handle labels_object, py::handle losses_object) {
@@ -92,13 +103,13 @@ void softmax_error(py::handle logits_object, py::handle labels_object, py::handl
       fail("labels", "columns of logits, got " + std::to_string(labels.as<int64_t>()[i]));
     }
   }
-  const vila2::cpu::SoftmaxErrorJob job{logits.as<float>(), labels.as<int64_t>(), losses.as<float>(), width};
+  const cpu::SoftmaxErrorJob job{logits.as<float>(), labels.as<int64_t>(), losses.as<float>(), width};
   const py::gil_scoped_release release;
-  vila2::cpu::softmax_error(job, rows);
+  cpu::softmax_error(job, rows);
 }
 
 // Each segment within the tokens, own rows disjoint.
-void check_segments(const vila2::cpu::Segment* segments, int64_t count, int64_t tokens) {
+void check_segments(const cpu::Segment* segments, int64_t count, int64_t tokens) {
   std::vector<std::pair<int64_t, int64_t>> own;
   for (int64_t s = 0; s < count; ++s) {
     const auto& [start, end, prefix_start, prefix_end] = segments[s];
@@ -136,10 +147,10 @@ struct SegmentArguments {
     tokens = q.shape[0], heads = q.shape[1], kv_heads = k.shape[1], dim = q.shape[2];
     k.sized({tokens, kv_heads, dim}).require(k.dtype == q.dtype, "the type of q");
     v.like(k);
-    q.require(dim > 0 && dim <= vila2::cpu::kMaxHeadDim, "a head dimension of at most 256");
+    q.require(dim > 0 && dim <= cpu::kMaxHeadDim, "a head dimension of at most 256");
     k.require(kv_heads > 0 && heads % kv_heads == 0, "a number of heads that divides those of q");
     segments.is(Dtype::kInt64, "int64").contiguous().sized({segments.shape[0], 4});
-    check_segments(segments.as<vila2::cpu::Segment>(), segments.shape[0], tokens);
+    check_segments(segments.as<cpu::Segment>(), segments.shape[0], tokens);
     packed.is(Dtype::kFloat32, "float32").contiguous().sized({heads + 2 * kv_heads, tokens, dim});
     log_sums.is(Dtype::kFloat32, "float32").contiguous().sized({heads, tokens});
     out.sized({tokens, heads * dim}).contiguous().require(out.dtype == q.dtype, "the type of q");
@@ -160,8 +171,8 @@ struct SegmentArguments {
     }
   }
 
-  vila2::cpu::SegmentJob job(double scale) const {
-    vila2::cpu::SegmentJob job{};
+  cpu::SegmentJob job(double scale) const {
+    cpu::SegmentJob job{};
     job.positions = positions, job.cos = cos, job.sin = sin;
     job.q = packed.as<float>();
     job.k = job.q + heads * tokens * dim;
@@ -179,14 +190,14 @@ void segment_attention(py::handle q, py::handle k, py::handle v, py::object posi
                        py::object sin, py::handle segments, double scale, py::handle packed,
                        py::handle log_sums, py::handle out) {
   const SegmentArguments given(q, k, v, positions, cos, sin, segments, packed, log_sums, out);
-  vila2::cpu::SegmentJob job = given.job(scale);
+  cpu::SegmentJob job = given.job(scale);
   job.q_in = given.q.data, job.k_in = given.k.data, job.v_in = given.v.data;
   job.q_stride = given.q.row_stride(), job.k_stride = given.k.row_stride(),
   job.v_stride = given.v.row_stride();
   const int64_t count = given.segments.shape[0];
-  const auto* rows = given.segments.as<vila2::cpu::Segment>();
+  const auto* rows = given.segments.as<cpu::Segment>();
   const py::gil_scoped_release release;
-  vila2::cpu::segment_forward(job, rows, count);
+  cpu::segment_forward(job, rows, count);
 }
 
 void segment_attention_grad(py::handle out_grad_object, py::object positions, py::object cos, py::object sin,
@@ -197,7 +208,7 @@ void segment_attention_grad(py::handle out_grad_object, py::object positions, py
   const Tensor out_grad(out_grad_object, "out_grad"), sums(sums_object, "sums");
   out_grad.like(given.out).contiguous();
   sums.is(Dtype::kFloat32, "float32").contiguous().sized({2 * given.kv_heads, given.tokens, given.dim});
-  vila2::cpu::SegmentJob job = given.job(scale);
+  cpu::SegmentJob job = given.job(scale);
   job.out_grad = out_grad.data;
   job.k_sums = sums.as<float>();
   job.v_sums = job.k_sums + given.kv_heads * given.tokens * given.dim;
@@ -206,12 +217,14 @@ void segment_attention_grad(py::handle out_grad_object, py::object positions, py
   job.k_grad_stride = given.k.row_stride();
   job.v_grad_stride = given.v.row_stride();
   const int64_t count = given.segments.shape[0];
-  const auto* rows = given.segments.as<vila2::cpu::Segment>();
+  const auto* rows = given.segments.as<cpu::Segment>();
   const py::gil_scoped_release release;
-  vila2::cpu::segment_backward(job, rows, count);
+  cpu::segment_backward(job, rows, count);
 }
 
-void define_training(py::module_& m) {
+}  // namespace
+
+void bind_training(py::module_& m) {
   m.def("norm_forward", norm_forward);
   m.def("norm_grad", norm_grad);
   m.def("silu_mul_grad", silu_mul_grad);
@@ -220,3 +233,5 @@ void define_training(py::module_& m) {
   m.def("segment_attention", segment_attention);
   m.def("segment_attention_grad", segment_attention_grad);
 }
+
+}  // namespace vila2::python

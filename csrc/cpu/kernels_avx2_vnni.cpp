@@ -1,0 +1,44 @@
+// The avx2_vnni table: avx2 with products of bytes in one instruction. Everything here but the table has
+// internal linkage: a function that the linker could share with another file would be compiled for this
+// instruction set and might run on a CPU that lacks it.
+#include <immintrin.h>
+
+#include "cpu/kernels.h"
+#include "cpu/train.h"
+
+namespace vila2::cpu {
+namespace {
+
+// clang-format off: in the order of use
+#include "cpu/vec_avx2.inl"
+#include "cpu/math.inl"
+#include "cpu/rows.inl"
+#include "cpu/linear.inl"
+#include "cpu/attention.inl"
+#include "cpu/bytes.inl"
+#include "cpu/train_rows.inl"
+#include "cpu/train_attention.inl"
+// clang-format on
+
+}  // namespace
+
+extern const Kernels kAvx2Vnni = {
+    "avx2_vnni",
+    kPanel,
+    kAttentionScratch,
+    kDepthBlock * kPanel,
+    pack,
+    linear,
+    rms_norm,
+    add_rms_norm,
+    layer_norm,
+    silu_mul,
+    gelu,
+    rope_store,
+    attention,
+    quantize,
+    byte_linear,
+    &kTrain,
+};
+
+}  // namespace vila2::cpu
