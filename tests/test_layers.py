@@ -56,7 +56,7 @@ RIMS = {
     "click": ("vila2/cli/",),
     "rich": ("vila2/cli/",),
     "rich_click": ("vila2/cli/",),
-    "pydantic": ("vila2/config.py", "vila2/train/recipe.py"),
+    "pydantic": ("vila2/config.py", "vila2/train/recipe.py", "vila2/augment/recipe.py"),
     "peft": ("vila2/train/lora.py",),
     "matplotlib": ("vila2/train/plot.py",),
     "pyarrow": ("vila2/data/", "vila2/recaption/", "vila2/cli/"),
