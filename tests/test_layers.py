@@ -65,7 +65,7 @@ RIMS = {
     "nvidia": ("vila2/data/",),
     "tensorrt_llm": ("vila2/backends/",),
     "triton": ("kernels/",),
-    "httpx": ("vila2/backends/", "vila2/evaluate/chat.py"),
+    "httpx": ("vila2/backends/",),
     "lmms_eval": ("vila2/evaluate/lmms.py",),
 }
 # Lazy doors: `vila2.load`, and `python -m vila2`.
