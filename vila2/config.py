@@ -31,8 +31,9 @@ BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"native": ("float32", "bf16"),
 _SERVER = ("base_url", "api_key_env", "request_timeout", "patience", "send_format", "send_size")
 # Settings that mean nothing to a backend: refused if they are given, and no part of what decides its captions.
 FOREIGN: dict[str, tuple[str, ...]] = {
-    "native": _SERVER,
-    "http": ("device", "precision", "template", "deterministic", "resize", "threads"),
+    "native": ("request_timeout", *_SERVER, *_ENGINE),
+    "http": ("device", "precision", "template", "deterministic", "resize", "threads", "draft", *_ENGINE),
+    "trtllm": ("device", "deterministic", "threads", "draft", *_SERVER),
 }
 
 DEFAULT_MODEL = "nano"  # ships with the package
@@ -42,6 +43,8 @@ DECIDES = "decides"  # a marker in a field's metadata, see the module's docstrin
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+DRAFT_COLUMN = "column:"
 
 
 class Retry(_Settings):
@@ -120,6 +123,9 @@ class RecaptionSettings(_Settings):
     )
 
     # How much, and whose share.
+    # What captions will resemble: written faster for it, never differently (see vila2.recaption.drafts).
+    draft: str = "auto"  # off, auto, original, column:NAME, or the output folder of an earlier run
+
     limit: Annotated[int | None, Field(ge=1)] = None
     rank: Annotated[int, Field(ge=0)] = 0
     world_size: Annotated[int, Field(ge=1)] = 1
@@ -168,6 +174,8 @@ class RecaptionSettings(_Settings):
             if getattr(self, name) != type(self).model_fields[name].default:
                 knows = " or ".join(backend for backend, names in FOREIGN.items() if name not in names)
                 raise ValueError(f"{name} means nothing to --backend {self.backend}, only to {knows}")
+        if not self.draft.removeprefix(DRAFT_COLUMN).strip():
+            raise ValueError(f"draft {self.draft!r} must be off, auto, original, column:NAME or a folder")
         if self.backend == "http" and not self.base_url:
             raise ValueError("--backend http needs --base-url")
         allowed = BACKEND_PRECISIONS[self.backend]

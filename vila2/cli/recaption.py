@@ -28,7 +28,7 @@ click.rich_click.OPTION_GROUPS["*recaption"] = [
         "name": "How it answers",
         "options": [
             "--max-new-tokens", "--min-new-tokens", "--temperature", "--top-p", "--top-k", "--seed", "--stop",
-            "--retry", "--no-retry", "--truncation", "--ignore-eos", "--deterministic",
+            "--retry", "--no-retry", "--truncation", "--ignore-eos", "--deterministic", "--draft",
         ],
     },
     {"name": "Which images", "options": ["--max-pixels", "--min-side", "--max-aspect", "--orientation", "--resize"]},
@@ -103,6 +103,12 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
 )
 @_flag("ignore-eos", "Write max-new-tokens tokens whatever the model says (for benchmarks).")
 @_flag("deterministic", "The same bytes whatever the batch size, the resume point or the ranks.")
+@click.option(
+    "--draft",
+    metavar="WHAT",
+    help="What captions will resemble, to write the same ones faster: original, column:NAME, the output folder of "
+    "an earlier run, off, or auto (the original from --round 2 on). [auto]",
+)
 @click.option(
     "--max-pixels", type=int, metavar="N", help="Refuse larger images (decompression bombs). [100000000]"
 )
@@ -251,6 +257,11 @@ def _describe(summary: "RunSummary") -> str:
         lines.append(f"quarantined: {summary.status['error']} rows ({kinds})")
     if summary.errors_in_output:
         lines.append(f"{summary.errors_in_output} rows of the output are errors; --retry-errors redoes them")
+    if summary.drafts.drafted:
+        use = summary.drafts
+        lines.append(
+            f"drafts: {use.accepted} of {use.drafted} tokens were right, {use.tokens_per_step:.2f} tokens a step"
+        )
     return "\n".join(lines)
 
 
