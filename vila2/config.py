@@ -31,20 +31,19 @@ BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"native": ("float32", "bf16"),
 _SERVER = ("base_url", "api_key_env", "request_timeout", "patience", "send_format", "send_size")
 # Settings that mean nothing to a backend: refused if they are given, and no part of what decides its captions.
 FOREIGN: dict[str, tuple[str, ...]] = {
-    "native": ("request_timeout", *_SERVER, *_ENGINE),
-    "http": ("device", "precision", "template", "deterministic", "resize", "threads", "draft", *_ENGINE),
-    "trtllm": ("device", "deterministic", "threads", "draft", *_SERVER),
+    "native": _SERVER,
+    "http": ("device", "precision", "template", "deterministic", "resize", "threads", "draft"),
 }
 
 DEFAULT_MODEL = "nano"  # ships with the package
+
+DRAFT_COLUMN = "column:"
 
 DECIDES = "decides"  # a marker in a field's metadata, see the module's docstring
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-DRAFT_COLUMN = "column:"
 
 
 class Retry(_Settings):
@@ -113,6 +112,9 @@ class RecaptionSettings(_Settings):
     repetition: Annotated[Repetition | None, DECIDES] = Repetition()
     truncation: Annotated[Truncation, DECIDES] = "trim"
 
+    # What captions will resemble: written faster for it, never differently (see vila2.recaption.drafts).
+    draft: str = "auto"  # off, auto, original, column:NAME, or the output folder of an earlier run
+
     # Which images are taken.
     max_pixels: Annotated[int, DECIDES, Field(ge=1)] = 100_000_000  # 300 MB of RGB
     min_side: Annotated[int, DECIDES, Field(ge=1)] = 4
@@ -123,9 +125,6 @@ class RecaptionSettings(_Settings):
     )
 
     # How much, and whose share.
-    # What captions will resemble: written faster for it, never differently (see vila2.recaption.drafts).
-    draft: str = "auto"  # off, auto, original, column:NAME, or the output folder of an earlier run
-
     limit: Annotated[int | None, Field(ge=1)] = None
     rank: Annotated[int, Field(ge=0)] = 0
     world_size: Annotated[int, Field(ge=1)] = 1
@@ -164,6 +163,8 @@ class RecaptionSettings(_Settings):
             raise ValueError("prompt names one prompt twice")
         if any(not text for text in self.stop):
             raise ValueError("stop must not hold an empty string")
+        if not self.draft.removeprefix(DRAFT_COLUMN).strip():
+            raise ValueError(f"draft {self.draft!r} must be off, auto, original, column:NAME or a folder")
         self._check_backend()
         return self
 
@@ -174,8 +175,6 @@ class RecaptionSettings(_Settings):
             if getattr(self, name) != type(self).model_fields[name].default:
                 knows = " or ".join(backend for backend, names in FOREIGN.items() if name not in names)
                 raise ValueError(f"{name} means nothing to --backend {self.backend}, only to {knows}")
-        if not self.draft.removeprefix(DRAFT_COLUMN).strip():
-            raise ValueError(f"draft {self.draft!r} must be off, auto, original, column:NAME or a folder")
         if self.backend == "http" and not self.base_url:
             raise ValueError("--backend http needs --base-url")
         allowed = BACKEND_PRECISIONS[self.backend]

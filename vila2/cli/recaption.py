@@ -102,13 +102,13 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
     help="A caption cut by its length: trim it to a sentence, or mark it. [trim]",
 )
 @_flag("ignore-eos", "Write max-new-tokens tokens whatever the model says (for benchmarks).")
-@_flag("deterministic", "The same bytes whatever the batch size, the resume point or the ranks.")
 @click.option(
     "--draft",
     metavar="WHAT",
     help="What captions will resemble, to write the same ones faster: original, column:NAME, the output folder of "
     "an earlier run, off, or auto (the original from --round 2 on). [auto]",
 )
+@_flag("deterministic", "The same bytes whatever the batch size, the resume point or the ranks.")
 @click.option(
     "--max-pixels", type=int, metavar="N", help="Refuse larger images (decompression bombs). [100000000]"
 )
@@ -247,6 +247,11 @@ def _describe(summary: "RunSummary") -> str:
         f"({summary.captions_per_s:.3g} captions/s, {summary.tokens_per_s:.3g} tokens/s) -> {summary.out}",
         f"model: {summary.model}, {summary.compute}",
     ]
+    if summary.drafts.drafted:
+        use = summary.drafts
+        lines.append(
+            f"drafts: {use.accepted} of {use.drafted} tokens were right, {use.tokens_per_step:.2f} tokens a step"
+        )
     if summary.already_done:
         lines.append(f"{summary.already_done} rows were there already")
     marked = {name: count for name, count in summary.status.items() if name not in ("ok", "error")}
@@ -257,11 +262,6 @@ def _describe(summary: "RunSummary") -> str:
         lines.append(f"quarantined: {summary.status['error']} rows ({kinds})")
     if summary.errors_in_output:
         lines.append(f"{summary.errors_in_output} rows of the output are errors; --retry-errors redoes them")
-    if summary.drafts.drafted:
-        use = summary.drafts
-        lines.append(
-            f"drafts: {use.accepted} of {use.drafted} tokens were right, {use.tokens_per_step:.2f} tokens a step"
-        )
     return "\n".join(lines)
 
 
