@@ -105,6 +105,7 @@ bench: $(MODEL)/model.safetensors ## the CPU benchmarks (about an hour of quiet 
 	@$(BIN)/python bench/bench_shared_prefix.py $(MODEL)
 	@$(BIN)/python bench/profile_step.py $(MODEL)
 	@$(BIN)/python bench/bench_memory.py
+	@$(BIN)/python bench/bench_world.py
 	@$(BIN)/python bench/tables.py BENCHMARKS.md
 
 clean: ## remove builds, caches, the demo's output and .venv

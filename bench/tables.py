@@ -63,6 +63,16 @@ COLUMNS = {
         "slowest": "slowest round",
         "ratio": "times",
     },
+    "world": {
+        "image_size": "pixels",
+        "style": "style",
+        "split": "split",
+        "makes": "makes",
+        "scenes": "scenes",
+        "rounds": "rounds",
+        "scenes_per_cpu_s": "scenes per CPU-second",
+        "slowest": "slowest round",
+    },
     "ops": {
         "op": "operation",
         "shape": "shape",
