@@ -96,9 +96,8 @@ def recaption_settings(step: Step, context: Context) -> RecaptionSettings:
     more["seed"] = own.get("seed", values["seed"])
     if "deterministic" not in own:
         more["deterministic"] = not _on_gpu(context)  # so that a run that was cut ends the same
-    draft = place(step.free.get("draft"), context.run)
-    if draft is not None and Path(draft).is_dir():
-        more["draft"] = draft
+    draft = place(step.free.get("draft", "off"), context.run)
+    more["draft"] = draft if Path(draft).is_dir() else "off"
     if "temperature" in values:
         more["temperature"] = values["temperature"]
     total = num_samples(context)

@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "vila2.cli.export:export",
     "train": "vila2.cli.train:train",
     "loop": "vila2.cli.loop:loop",
+    "report": "vila2.cli.report:report",
     "prompts": "vila2.cli.prompts:prompts",
     "evaluate": "vila2.cli.evaluate:evaluate",
     "world": "vila2.cli.world:world",
@@ -89,5 +90,8 @@ def _usage_line(error: click.ClickException) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    """Where a launcher started several processes, each says which it is."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    of = "" if count == "1" else f"process {os.environ.get('RANK', '?')} of {count}: "
+    print(f"error: {of}{message}", file=sys.stderr)
     return code
