@@ -10,7 +10,7 @@ from typing import Any
 from vila2.augment.context import Context, Outcome, Stopped
 from vila2.augment.launch import command_line, launch
 from vila2.augment.recipe import Launcher
-from vila2.augment.step import Step, digest_of, digest_of_stream, place
+from vila2.augment.step import Step, digest_of, digest_of_stream, place, write_json
 from vila2.config import RecaptionSettings, make_settings
 from vila2.data.done import DoneSet
 from vila2.data.files import atomic_write, make_folder, write_error
@@ -95,7 +95,8 @@ def recaption_settings(step: Step, context: Context) -> RecaptionSettings:
     more: dict[str, Any] = {name: values[name] for name in ("prompt", "round")}
     more["seed"] = own.get("seed", values["seed"])
     if "deterministic" not in own:
-        more["deterministic"] = not _on_gpu(context)  # so that a run that was cut ends the same
+        # So that a run that was cut ends the same; on a GPU it ends as good, not bit for bit.
+        more["deterministic"] = not _on_gpu(context, "recaption")
     draft = place(step.free.get("draft", "off"), context.run)
     more["draft"] = draft if Path(draft).is_dir() else "off"
     if "temperature" in values:
@@ -218,26 +219,30 @@ def _evaluate(settings: dict[str, Any], step: Step, context: Context, file: Path
 
 
 def _run_command(settings: dict[str, Any], step: Step, context: Context, file: Path) -> None:
-    fields = {"checkpoint": settings["checkpoint"], "out": str(file), "folder": str(file.parent)}
+    """The user's own evaluation. A command that does not write {out} may leave lmms-eval's `*results.json`."""
+    folder = file.parent
+    fields = {"checkpoint": settings["checkpoint"], "out": str(file), "folder": str(folder)}
     words = command_line(settings["command"], (), fields)
-    quoted = Launcher(command="{arguments}")
-    launch(quoted, words, step.name, file.parent, context.interrupts)
+    file.unlink(missing_ok=True)
+    launch(Launcher(command="{arguments}"), words, step.name, folder, context.interrupts)
+    found = sorted(folder.rglob("*results.json"), key=lambda path: path.stat().st_mtime)
+    if not file.exists() and found:
+        write_json(file, json.loads(found[-1].read_text(encoding="utf-8")))
 
 
 def device_of(context: Context, step: Step) -> str:
     """Where a step's model ran: what the recipe says, or what there is."""
-    if step.kind not in ("train", "recaption", "evaluate"):
-        return "cpu"
-    launched = getattr(context.recipe.launch, step.kind) is not None
-    if context.recipe.device != "auto":
-        return context.recipe.device
-    return "cuda" if launched or _on_gpu(context) else "cpu"
+    with_model = step.kind in ("train", "recaption", "evaluate")
+    return "cuda" if with_model and _on_gpu(context, step.kind) else "cpu"
 
 
-def _on_gpu(context: Context) -> bool:
+def _on_gpu(context: Context, kind: str) -> bool:
+    """A launcher's machine is taken to have a GPU, unless the recipe says otherwise; of this one it is known."""
+    if context.recipe.device != "auto" or getattr(context.recipe.launch, kind) is not None:
+        return context.recipe.device != "cpu"
     from vila2.backends.native import resolve_device
 
-    return resolve_device(context.recipe.device) == "cuda"
+    return resolve_device("auto") == "cuda"
 
 
 def _last_loss(log: Path) -> float | None:

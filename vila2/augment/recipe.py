@@ -129,11 +129,11 @@ class Oracle(_Settings):
 
 
 class BoxFilter(_Settings):
-    """Which records of a LLaVA file with boxes are trained on (VILA² appendix A.2)."""
+    """Which records of a LLaVA file with boxes are trained on (VILA² appendix A.2). A data entry reads what is left of
+    them by `path = "boxes:NAME"`."""
 
     name: Name
     path: str
-    image_root: str | None = None
     max_area: Share = 0.7
     max_same: Annotated[int, Field(ge=1)] = 3
 

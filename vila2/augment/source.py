@@ -25,7 +25,7 @@ def run_source(step: Step, context: Context) -> Outcome:
         _draw(path, world, step, context)
     else:
         path = Path(settings["path"])
-    source = open_source(str(path), index_dir=None)
+    source = open_source(str(path), index_dir=index_folder(context.run))
     shards = {shard.name: len(shard) for shard in source.shards}
     total = sum(shards.values())
     return Outcome(
@@ -34,6 +34,11 @@ def run_source(step: Step, context: Context) -> Outcome:
         metrics={"samples": total, "shards": len(shards)},
         images=total,
     )
+
+
+def index_folder(run: Path) -> Path:
+    """Where the places of samples are kept, so that large tars are scanned once."""
+    return run / "index"
 
 
 def num_samples(context: Context) -> int:

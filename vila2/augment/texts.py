@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vila2.augment.context import Context, Outcome
-from vila2.augment.source import original_records
+from vila2.augment.source import index_folder, original_records
 from vila2.augment.step import Step
 from vila2.data.files import make_folder, replacing, write_error
 from vila2.data.shards import open_source
@@ -34,7 +34,7 @@ def run_captions(step: Step, context: Context) -> Outcome:
     settings = context.settings(step)
     folder = step.folder(context.run)
     make_folder(folder)
-    records = _MODES[settings["mode"]](settings)
+    records = _MODES[settings["mode"]]({**settings, "index": index_folder(context.run)})
     counts = {"images": 0, "changed": 0, "turns": 0, "words": 0}
     hashed = blake2b(digest_size=16)
     try:
@@ -63,7 +63,7 @@ def read_captions(folder: Path) -> Records:
 
 
 def _original(settings: Mapping[str, Any]) -> Records:
-    return original_records(open_source(settings["source"]))
+    return original_records(open_source(settings["source"], index_dir=settings["index"]))
 
 
 def _new(settings: Mapping[str, Any]) -> Records:

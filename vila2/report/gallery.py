@@ -11,6 +11,7 @@ from PIL import Image
 
 from vila2.augment.results import Results
 from vila2.augment.source import NAME as SOURCE
+from vila2.augment.source import index_folder
 from vila2.augment.texts import FILE_NAME as CAPTIONS
 from vila2.augment.texts import read_captions
 from vila2.data.decode import DecodeError, decode_image
@@ -85,7 +86,7 @@ def _images(
 ) -> dict[tuple[str, int], str]:
     path = str(source["path"]) if source["path"] is not None else str(run / SOURCE)
     try:
-        opened = open_source(path)
+        opened = open_source(path, index_dir=index_folder(run))
     except VilaError:
         return {}  # the texts stand without their images
     found: dict[tuple[str, int], str] = {}

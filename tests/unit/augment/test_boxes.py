@@ -67,7 +67,7 @@ def test_other_things_are_no_records(bad: Any) -> None:
 
 
 def run(tmp: Path, path: Path) -> dict[str, Any]:
-    settings = {"path": str(path), "image_root": None, "max_area": 0.7, "max_same": 3}
+    settings = {"path": str(path), "max_area": 0.7, "max_same": 3}
     return run_boxes(Step("boxes", "boxes", settings), context(tmp)).metrics
 
 
