@@ -27,7 +27,7 @@ Orientation = Literal["apply", "ignore"]
 Resize = Literal["exact", "fast"]
 
 # What each backend runs today; anything else is refused before a checkpoint is read.
-BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"native": ("float32", "bf16")}
+BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"native": ("float32", "bf16", "int8")}
 
 DECIDES = "decides"  # a marker in a field's metadata, see the module's docstring
 
@@ -148,7 +148,7 @@ class RecaptionSettings(_Settings):
         if self.precision != "auto" and self.precision not in allowed:
             raise ValueError(
                 f"precision {self.precision} does not run on the {self.backend} backend yet: "
-                f"choose {' or '.join(allowed)}"
+                f"choose {', '.join(allowed[:-1])} or {allowed[-1]}"
             )
         return self
 

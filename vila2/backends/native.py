@@ -16,6 +16,7 @@ from vila2.engine.sequence import EngineRequest, Finished, ImageSpan
 from vila2.errors import UsageError
 from vila2.model.checkpoint import LoadedCheckpoint, load_checkpoint
 from vila2.model.images import PreparedImage
+from vila2.model.quantize import quantize_model
 from vila2.model.prompt import build_prompt, check_template
 from vila2.ops.linear import pack_linears
 from vila2.ops.native import capabilities
@@ -34,13 +35,18 @@ class ComputePlan:
 
 
 def plan_compute(device: str, precision: str, deterministic: bool, has_bf16_products: bool) -> ComputePlan:
-    """Choose the arithmetic for `precision` (float32 or bf16) on `device` (cpu or cuda).
+    """Choose the arithmetic for `precision` (float32, bf16 or int8) on `device` (cpu or cuda).
 
     Packed products keep sums and activations in float32 and do not depend on the batch, so they serve every
     CPU without bf16 instructions, and `deterministic` runs on those that have them.
     """
-    if precision not in ("float32", "bf16"):
-        raise UsageError(f"precision {precision!r} is not one of: float32, bf16")
+    if precision not in ("float32", "bf16", "int8"):
+        raise UsageError(f"precision {precision!r} is not one of: float32, bf16, int8")
+    if precision == "int8":
+        if device != "cpu":
+            raise UsageError("--precision int8 runs on the CPU only so far: add --device cpu")
+        summary = "int8 weights and activations, int32 sums"
+        return ComputePlan(torch.float32, torch.int8, torch.bfloat16, summary)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if device == "cuda":
         if deterministic:
@@ -218,7 +224,9 @@ def open_checkpoint(
     checkpoint = load_checkpoint(path, dtype=plan.model_dtype, device=device)
     processor = replace(checkpoint.image_processor, exact=resize == "exact")
     checkpoint = replace(checkpoint, image_processor=processor)
-    if plan.packed_dtype is not None:
+    if plan.packed_dtype is torch.int8:
+        quantize_model(checkpoint.model, narrow=True)
+    elif plan.packed_dtype is not None:
         pack_linears(checkpoint.model, plan.packed_dtype)
     limits = size_engine(checkpoint, plan, device, batch_size, max_new_tokens)
     name = Path(path).resolve().name
