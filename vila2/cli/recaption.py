@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 STRICT_EXIT = 3
 INTERRUPTED_EXIT = 130
+_DEFAULT_MODEL_NOTE = (
+    "no --model: using nano, which ships with vila2-fast. "
+    "It knows the scenes of `vila2-fast world` and no photographs."
+)
 
 click.rich_click.OPTION_GROUPS["*recaption"] = [
     {"name": "In and out", "options": ["--model", "--out", "--image-root", "--recipe"]},
@@ -46,7 +50,11 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
 
 @click.command()
 @click.argument("source", required=False)
-@click.option("--model", metavar="CKPT", help="A VILA or LLaVA checkpoint: a folder with config.json.")
+@click.option(
+    "--model",
+    metavar="CKPT",
+    help="A VILA or LLaVA checkpoint: a folder. [nano, which ships]",
+)
 @click.option("--out", metavar="DIR", help="The output folder; the same command again continues it.")
 @click.option("--image-root", metavar="DIR", help="Where the image paths of a LLaVA JSON or Parquet start.")
 @click.option("--recipe", metavar="FILE", help="Settings from a TOML or YAML file; options here override it.")
@@ -145,6 +153,8 @@ def recaption(recipe: str | None, no_retry: bool, retry: tuple[str, ...], **opti
     if no_retry:
         given["retry"] = []
     settings = recaption_settings(recipe, given)
+    if "model" not in settings.model_fields_set:
+        print(_DEFAULT_MODEL_NOTE, file=sys.stderr)
     if settings.dry_run:
         return _dry_run(settings)
     return _run(settings)

@@ -57,9 +57,9 @@ class ChatClient:
     settings: ChatSettings
     sleep: Callable[[float], None] = time.sleep
     num_retries: int = 0
-    _key: str = ""
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _client: "httpx.Client" = field(init=False)
+    _key: str = field(init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _client: "httpx.Client" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         try:
@@ -134,9 +134,8 @@ class ChatClient:
             ) from None
         if isinstance(text, list):  # some servers answer in parts
             text = "".join(part.get("text", "") for part in text if isinstance(part, dict))
-        return Reply(
-            str(text or refusal or ""), bool(refusal) or choice.get("finish_reason") == "content_filter"
-        )
+        refused = bool(refusal) or choice.get("finish_reason") == "content_filter"
+        return Reply(self._hide(str(text or refusal or "")), refused)
 
     def _hint(self, status: int) -> str:
         if status not in (401, 403):
@@ -145,8 +144,11 @@ class ChatClient:
         return f" (the key in {name} is not accepted)" if self._key else f" (put the key into {name})"
 
     def _clean(self, text: str) -> str:
-        """One line without the key, should the server have sent it back."""
-        text = " ".join(text.split())
+        """One line without the key."""
+        return self._hide(" ".join(text.split()))
+
+    def _hide(self, text: str) -> str:
+        """The text without the key, should the server have sent it back."""
         return text.replace(self._key, "***") if self._key else text
 
 

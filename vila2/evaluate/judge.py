@@ -31,7 +31,11 @@ SYSTEM = (
     "[[2]] if the second is, [[TIE]] if neither is."
 )
 _VERDICT = re.compile(r"\[\[\s*(1|2|tie|a|b|c)\s*\]\]", re.IGNORECASE)
-_BARE = re.compile(r"(?:caption|answer|verdict|better)?\W*\b(1|2|first|second|tie)\W*$", re.IGNORECASE)
+_BARE = re.compile(
+    r"\W*(?:(?:the|my|final|caption|answer|verdict|winner|better|is|it|one|a)\b\W*)*"
+    r"(1|2|first|second|tie)\W*(?:(?:one|caption)\W*)?",
+    re.IGNORECASE,
+)
 _SAID: dict[str, Said] = {
     "1": "first", "a": "first", "first": "first", "2": "second", "b": "second", "second": "second",
     "tie": "tie", "c": "tie",

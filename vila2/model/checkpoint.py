@@ -22,6 +22,7 @@ from vila2.model.images import ImageProcessor
 from vila2.model.layout import Layout
 from vila2.model.llava_format import is_llava, read_llava
 from vila2.model.prompt import turn_end_ids
+from vila2.model.shipped import checkpoint_path
 from vila2.model.tokenizer import Tokenizer, load_tokenizer
 from vila2.model.vila_format import is_vila, read_vila
 from vila2.model.vila_writer import save_vila
@@ -86,8 +87,11 @@ class LoadedCheckpoint:
 
 
 def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
-    """Check a checkpoint and say what it is, from headers and JSON alone. CheckpointError says what is wrong."""
-    path = Path(path)
+    """Check a checkpoint and say what it is, from headers and JSON alone. CheckpointError says what is wrong.
+
+    A name of `vila2.model.shipped` stands for the checkpoint that ships under it.
+    """
+    path = checkpoint_path(path)
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {found}: a checkpoint is a folder ({KINDS})")

@@ -58,11 +58,12 @@ class ImageCache:
         side = processor.s2_scales[-1] if processor.mode == "s2" else processor.image_size
         self._shape = (side, side, 3)
         self._tile_bytes = side * side * 3
-        self._capacity = max_bytes // (self._tile_bytes + 2 * _ENTRY.itemsize)
+        self._capacity = (max_bytes - _HEADER) // (self._tile_bytes + 2 * _ENTRY.itemsize)
         if self._capacity < 1:
             raise UsageError(f"an image cache of {max_bytes} bytes holds not one tile of {self._tile_bytes}")
-        self._slots = 1 << (2 * self._capacity - 1).bit_length()
+        self._slots = 2 * self._capacity  # a table that is half full at most
         self._mode = processor.mode
+        self._full = False
         identity = repr((_FORMAT, processor, self._slots))
         self.folder = folder / blake2b(identity.encode(), digest_size=8).hexdigest()
         self.counts = CacheCounts()
@@ -94,6 +95,9 @@ class ImageCache:
 
     def put(self, key: bytes, image: PreparedImage) -> None:
         """Keep an image, if there is room. One that cannot be written is not kept, and nothing else happens."""
+        if self._full:
+            self.counts.refused += 1
+            return
         try:
             with self._locked():
                 if self._read(key) is None:
@@ -129,6 +133,7 @@ class ImageCache:
         first = int.from_bytes(os.pread(self._index, 8, 0), "little")
         place = next((at for at, e in self._probe(key) if not e["used"] or e["key"].tobytes() == key), None)
         if place is None or first + len(image.tiles) > self._capacity:
+            self._full = True  # or nearly: smaller images are not waited for
             self.counts.refused += 1
             return
         data = np.ascontiguousarray(image.tiles).tobytes()

@@ -49,9 +49,16 @@ class Mixture:
         names = [source.name for source in sources]
         if len(set(names)) < len(names):
             raise UsageError(f"two sources of a mixture have the same name: {', '.join(sorted(names))}")
+        empty = next((source.name for source in sources if source.length == 0), None)
+        if empty is not None:
+            raise UsageError(f"the source {empty} holds no documents")
         if weights is None:
             weights = [_needed_length(source) for source in sources]
-        if len(weights) != len(sources) or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+        if (
+            len(weights) != len(sources)
+            or not all(weight >= 0 for weight in weights)
+            or not 0 < sum(weights) < float("inf")
+        ):
             raise UsageError(
                 f"a mixture of {len(sources)} sources needs as many weights of 0 or more, got {weights}"
             )

@@ -34,7 +34,7 @@ class TowerSettings:
     batch: int = 128
     keep: int = 28
     object_counts: tuple[float, ...] = (0.75, 0.25)  # pictures of one thing or two, as most on the web are
-    muon_lr: float = 5e-3
+    muon_lr: float = 8e-3
     adamw_lr: float = 2e-3
     warmup: int = 60
     seed: int = 0
@@ -62,7 +62,9 @@ def train_tower(
     pair = WordContrast(tower, len(tokenizer))
     optimizer = build_optimizer(_groups(pair, settings), "float32")
     size = tower.config.image_size
-    world = World(WorldSettings(image_size=size, seed=settings.seed, object_counts=settings.object_counts, sign=0.25))
+    world = World(
+        WorldSettings(image_size=size, seed=settings.seed, object_counts=settings.object_counts, sign=0.25)
+    )
     usual = World(WorldSettings(image_size=size, seed=settings.seed))
 
     def batch(step: int) -> tuple[Tensor, list[list[int]]]:

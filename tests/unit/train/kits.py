@@ -34,6 +34,7 @@ LLAMA_3_TOKENS = (
     "<|end_header_id|>",
     "<|eot_id|>",
 )
+_TEMPLATES = {"vila15": "vicuna_v1", "melting": "vicuna_v1", "llama_3": "llama_3", "hermes-2": "hermes-2"}
 NAMES = ("vila15", "melting", "nvila", "lite", "llava", "llama_3", "hermes-2")
 
 

@@ -187,7 +187,7 @@ def test_the_loss_of_plain_text_is_on_all_but_the_first_token() -> None:
     for name in ("vila15", "nvila"):
         of = kit(name)
         row = whole(ConversationEncoder(of.tokenizer, of.config).text("A red square."))
-        expected = of.ids("A red square.", specials=True) + [of.tokenizer.inner.eos_token_id]
+        expected = [*of.ids("A red square.", specials=True), of.tokenizer.inner.eos_token_id]
         assert row.token_ids.tolist() == expected
         assert row.in_loss.tolist() == [False] + [True] * (len(expected) - 1)
 

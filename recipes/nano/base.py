@@ -1,0 +1,80 @@
+"""The base parts of nano, in one command: `python recipes/nano/base.py` (about an hour on one core).
+
+Three steps, each skipped when its output is there: a tokenizer, a tower from images and alt-texts, a decoder from the
+world's texts. What comes out, `runs/nano/base`, is a VILA checkpoint with a fresh projector; recipes/nano/nano.toml
+goes on from it. Neither part has seen a label of the instruction or held-out splits.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from vila2.model.decoder import DecoderConfig
+from vila2.model.projector import ProjectorConfig
+from vila2.model.tokenizer import load_tokenizer
+from vila2.model.vila_writer import save_vila
+from vila2.model.vision import VisionConfig
+from vila2.model.vlm import ModelConfig, VisionLanguageModel
+from vila2.train.tower import TowerSettings, fresh_tower, train_tower, write_figures
+
+HERE = Path(__file__).resolve().parent
+VISION = VisionConfig("siglip", 120, 12, 192, 768, 6, 6, "gelu_pytorch_tanh", 1e-6, -1, "cls_patch")
+
+
+def model_config(vocab_size: int) -> ModelConfig:
+    """What nano is: 100 patches, 25 visual tokens, a Llama of width 256."""
+    decoder = DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=256,
+        intermediate_size=576,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        max_positions=1024,
+        tie_embeddings=True,
+    )
+    projector = ProjectorConfig("mlp_downsample", VISION.width, decoder.hidden_size)
+    return ModelConfig(VISION, projector, decoder, "resize", VISION.image_size, token_newline=True)
+
+
+def make_tower(out: Path, tokenizer: Path, steps: int, seed: int) -> None:
+    """A VILA checkpoint whose tower is trained and whose decoder is a fresh one."""
+    tower = fresh_tower(VISION, seed)
+    settings = TowerSettings(steps=steps, seed=seed)
+    figures = train_tower(tower, tokenizer, settings, lambda line: print(line, flush=True))
+    torch.manual_seed(seed)
+    config = model_config(len(load_tokenizer(tokenizer)))
+    model = VisionLanguageModel.from_config(config)
+    model.vision.load_state_dict(tower.state_dict())
+    save_vila(out, model, tokenizer, config)
+    write_figures(out / "tower.json", settings, figures)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/nano"))
+    parser.add_argument("--tower-steps", type=int, default=800)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    tokenizer, tower, base = args.out / "tokenizer", args.out / "tower", args.out / "base"
+    if not (tokenizer / "tokenizer_config.json").is_file():
+        subprocess.run([sys.executable, str(HERE / "vocabulary.py"), str(tokenizer)], check=True)
+    if not (tower / "tower.json").is_file():
+        make_tower(tower, tokenizer, args.tower_steps, args.seed)
+    decoder = ["train", str(HERE / "decoder.toml"), "--out", str(args.out / "decoder")]
+    decoder += ["--threads", str(args.threads)]
+    subprocess.run([sys.executable, "-m", "vila2", *decoder], check=True)
+    if not base.exists():
+        base.symlink_to(Path("decoder", "01-decoder", "checkpoint"))
+    print(f"the base parts -> {base}")
+
+
+if __name__ == "__main__":
+    main()
