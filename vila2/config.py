@@ -5,6 +5,7 @@ into the same folder must agree on it. The others (batch size, threads, rank, li
 """
 
 import difflib
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -156,8 +157,10 @@ class RecaptionSettings(_Settings):
 
     @property
     def resolved_precision(self) -> str:
-        """`precision` with `auto` decided: bf16 weights, on every device."""
-        return "bf16" if self.precision == "auto" else self.precision
+        """`precision` with `auto` decided: an engine directory's own, else bf16 weights, on every device."""
+        if self.precision != "auto":
+            return self.precision
+        return _engine_precision(Path(self.model).expanduser()) or "bf16"
 
     def sampling(self, attempt: int = 0) -> SamplingParams:
         """How to sample the given attempt: 0 is the caption asked for, then the retry ladder."""
@@ -185,6 +188,16 @@ class RecaptionSettings(_Settings):
         return {
             name: values[name] for name, field in type(self).model_fields.items() if DECIDES in field.metadata
         }
+
+
+def _engine_precision(folder: Path) -> str | None:
+    """What an engine directory was built for; None if `folder` is none. Whoever opens it checks the rest."""
+    try:
+        values = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    precision = values.get("precision") if isinstance(values, dict) else None
+    return precision if isinstance(precision, str) else None
 
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)

@@ -2,6 +2,7 @@
 the activations after them along.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,12 +34,12 @@ class ByteDecoderLayer(nn.Module):
         """See `DecoderLayer.forward`."""
         config, norm = self.config, self.attn_norm
         qkv, residual = add_rms_norm_byte_linear(hidden, residual, norm.weight, norm.eps, _bytes(self.qkv))
-        q, k, v = qkv.split((config.q_size, config.kv_size, config.kv_size), dim=-1)
+        q, k, v = torch.split(qkv, [config.q_size, config.kv_size, config.kv_size], dim=-1)
         mixed = attend(
             index,
-            q.unflatten(-1, (config.num_heads, config.head_dim)),
-            k.unflatten(-1, (config.num_kv_heads, config.head_dim)),
-            v.unflatten(-1, (config.num_kv_heads, config.head_dim)),
+            q.view(-1, config.num_heads, config.head_dim),
+            k.view(-1, config.num_kv_heads, config.head_dim),
+            v.view(-1, config.num_kv_heads, config.head_dim),
         )
         norm = self.mlp_norm
         gated, residual = add_rms_norm_byte_linear(
@@ -62,7 +63,9 @@ class ByteVisionLayer(nn.Module):
         norm = self.norm1
         qkv = layer_norm_byte_linear(x, norm.weight, norm.bias, norm.eps, _bytes(self.qkv))
         q, k, v = (
-            qkv.view(tiles, tokens, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+            qkv.view(tiles, tokens, 3, self.num_heads, width // self.num_heads)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
         )
         attended = functional.scaled_dot_product_attention(q, k, v)
         mixed = attended.transpose(1, 2).reshape(tiles, tokens, width)
@@ -92,7 +95,9 @@ def swap_blocks(model: VisionLanguageModel) -> VisionLanguageModel:
     for layers in (model.vision.layers, model.decoder.layers):
         for index, layer in enumerate(layers):
             if not all(
-                isinstance(child.packed, PackedBytes) for child in layer.children() if isinstance(child, Linear)
+                isinstance(child.packed, PackedBytes)
+                for child in layer.children()
+                if isinstance(child, Linear)
             ):
                 continue
             if isinstance(layer, DecoderLayer) and _bytes(layer.gate_up).is_gated:

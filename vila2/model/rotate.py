@@ -50,7 +50,7 @@ class Rotation:
 
     def columns(self, weight: Tensor) -> Tensor:
         """`Q.T @ weight` for a weight (size, in) or a bias (size,)."""
-        return self.rows(weight.T).T.contiguous()
+        return self.rows(weight) if weight.dim() == 1 else self.rows(weight.T).T.contiguous()
 
 
 @torch.no_grad()
@@ -86,5 +86,5 @@ def _write(product: Linear, rotation: Rotation) -> None:
 
 
 def _set_in_parts(table: Tensor, rotation: Rotation) -> None:
-    for rows in table.split(8192):  # a vocabulary in float64 would take much memory
+    for rows in torch.split(table, 8192):  # a vocabulary in float64 would take much memory
         rows.copy_(rotation.rows(rows))

@@ -36,6 +36,34 @@ def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "PackedWeig
     )
 
 
+def packed_parts(weights: "PackedWeights") -> tuple[Tensor, Tensor | None]:
+    """Copies of the packed panels, as bytes, and of the padded bias: what `packed_from` takes.
+
+    Their layout is that of this machine's instruction set; `panel_layout` names it.
+    """
+    panels = torch.empty(weights.bytes, dtype=torch.uint8)
+    bias = torch.empty(weights.padded_columns) if weights.has_bias else None
+    weights.copy_to(panels, bias)
+    return panels, bias
+
+
+def packed_from(
+    panels: Tensor, bias: Tensor | None, columns: int, depth: int, storage: str
+) -> "PackedWeights":
+    """Packed weights over the tensors of `packed_parts`, used where they lie (a mapped file, say).
+
+    ValueError if their sizes are not those of `columns` and `depth` in this machine's layout.
+    """
+    if native is None:
+        raise ValueError("packed weights need vila2._C, which is not built")
+    return native.PackedWeights.over(panels, bias, columns, depth, storage)
+
+
+def panel_layout(dtype: torch.dtype) -> str:
+    """The name of the layout in which this machine packs weights stored as `dtype`."""
+    return f"{_STORAGE[dtype]}-panels-{native.panel_width()}"
+
+
 def linear(x: Tensor, weights: "PackedWeights") -> Tensor:
     """`x @ weight.T + bias` with float32 sums, rounded to `x.dtype`: x (..., in) on the CPU to (..., out).
 
