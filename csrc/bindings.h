@@ -6,5 +6,6 @@
 namespace vila2::python {
 
 void bind_bytes(pybind11::module_& m);
+void bind_training(pybind11::module_& m);
 
 }  // namespace vila2::python

@@ -53,6 +53,55 @@ def paged_attention(
     scale: float,
     out: Tensor,
 ) -> None: ...
+def norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    summed: Tensor | None,
+    y: Tensor,
+    scales: Tensor,
+) -> None: ...
+def norm_grad(
+    y_grad: Tensor,
+    summed_grad: Tensor | None,
+    summed: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    x_grad: Tensor,
+    weight_grad: Tensor,
+) -> None: ...
+def silu_mul_grad(gate_up: Tensor, y_grad: Tensor, out: Tensor) -> None: ...
+def gelu_grad(x: Tensor, y_grad: Tensor | None, kind: str, out: Tensor) -> None: ...
+def softmax_error(logits: Tensor, labels: Tensor, losses: Tensor) -> None: ...
+def segment_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    segments: Tensor,
+    scale: float,
+    packed: Tensor,
+    log_sums: Tensor,
+    out: Tensor,
+) -> None: ...
+def segment_attention_grad(
+    out_grad: Tensor,
+    positions: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    segments: Tensor,
+    scale: float,
+    packed: Tensor,
+    log_sums: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    q_grad: Tensor,
+    k_grad: Tensor,
+    v_grad: Tensor,
+) -> None: ...
 def image_patches(images: Tensor, patch: int, tables: Tensor, out: Tensor) -> None: ...
 def quantize(x: Tensor, bytes: Tensor, scales: Tensor, zeros: Tensor) -> None: ...
 

@@ -28,7 +28,13 @@ Orientation = Literal["apply", "ignore"]
 Resize = Literal["exact", "fast"]
 
 # What each backend runs today; anything else is refused before a checkpoint is read.
-BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"native": ("float32", "bf16", "int8")}
+BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"native": ("float32", "bf16", "int8"), "http": ()}
+_SERVER = ("base_url", "api_key_env", "request_timeout", "patience", "send_format", "send_size")
+# Settings that mean nothing to a backend: refused if they are given, and no part of what decides its captions.
+FOREIGN: dict[str, tuple[str, ...]] = {
+    "native": _SERVER,
+    "http": ("device", "precision", "template", "deterministic", "resize", "threads"),
+}
 
 DEFAULT_MODEL = "nano"  # ships with the package
 
@@ -71,6 +77,14 @@ class RecaptionSettings(_Settings):
     threads: Annotated[int | None, Field(ge=1)] = None  # None: one a core
     decode_workers: Annotated[int | None, Field(ge=1)] = None  # None: by the number of cores
     deterministic: Annotated[bool, DECIDES] = False
+
+    # Servers (--backend http). The key stands in the environment variable `api_key_env`.
+    base_url: tuple[str, ...] = ()
+    api_key_env: str = "OPENAI_API_KEY"
+    request_timeout: Annotated[float, Field(gt=0)] = 300.0
+    patience: Annotated[float, Field(gt=0)] = 120.0  # seconds that all servers may fail before the run stops
+    send_format: Annotated[Literal["jpeg", "png"], DECIDES] = "jpeg"
+    send_size: Annotated[int | None, DECIDES, Field(ge=16)] = None  # the longest side; None: as it is
 
     # What the model is asked.
     prompt: Annotated[tuple[str, ...], Field(max_length=64)] = ()
@@ -120,7 +134,7 @@ class RecaptionSettings(_Settings):
     dry_run: bool = False
     json_lines: Annotated[bool, Field(alias="json")] = False  # `json` is a method of pydantic's models
 
-    @field_validator("prompt", "stop", mode="before")
+    @field_validator("prompt", "stop", "base_url", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         """`prompt = "brief"` in a recipe means `prompt = ["brief"]`."""
@@ -145,22 +159,34 @@ class RecaptionSettings(_Settings):
             raise ValueError("prompt names one prompt twice")
         if any(not text for text in self.stop):
             raise ValueError("stop must not hold an empty string")
+        self._check_backend()
+        return self
+
+    def _check_backend(self) -> None:
         if self.backend not in BACKEND_PRECISIONS:
             raise ValueError(f"backend {self.backend!r} is not one of: {', '.join(BACKEND_PRECISIONS)}")
+        for name in FOREIGN[self.backend]:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                knows = " or ".join(backend for backend, names in FOREIGN.items() if name not in names)
+                raise ValueError(f"{name} means nothing to --backend {self.backend}, only to {knows}")
+        if self.backend == "http" and not self.base_url:
+            raise ValueError("--backend http needs --base-url")
         allowed = BACKEND_PRECISIONS[self.backend]
         if self.precision != "auto" and self.precision not in allowed:
             raise ValueError(
                 f"precision {self.precision} does not run on the {self.backend} backend yet: "
                 f"choose {', '.join(allowed[:-1])} or {allowed[-1]}"
             )
-        return self
 
     @property
     def resolved_precision(self) -> str:
-        """`precision` with `auto` decided: an engine directory's own, else bf16 weights, on every device."""
-        if self.precision != "auto":
+        """`precision` with `auto` decided: an engine directory's own, else bf16 weights, on every device.
+
+        A server's is not ours to know.
+        """
+        if self.precision != "auto" or self.backend == "http":
             return self.precision
-        return _engine_precision(Path(self.model).expanduser()) or "bf16"
+        return _engine_precision(Path(self.model)) or "bf16"
 
     def sampling(self, attempt: int = 0) -> SamplingParams:
         """How to sample the given attempt: 0 is the caption asked for, then the retry ladder."""
@@ -186,7 +212,9 @@ class RecaptionSettings(_Settings):
         values = self.model_dump(mode="json")
         values["precision"] = self.resolved_precision
         return {
-            name: values[name] for name, field in type(self).model_fields.items() if DECIDES in field.metadata
+            name: values[name]
+            for name, field in type(self).model_fields.items()
+            if DECIDES in field.metadata and name not in FOREIGN[self.backend]
         }
 
 

@@ -123,6 +123,8 @@ struct ByteLinearJob {
   bool is_narrow;  // every pair of the weights is
 };
 
+struct TrainKernels;  // train.h
+
 struct Kernels {
   const char* isa;
   int64_t panel_width;
@@ -142,6 +144,7 @@ struct Kernels {
   void (*quantize)(const QuantizeJob& job, int64_t row, int64_t row_end, float* scratch);  // of a row's width
   void (*byte_linear)(const ByteLinearJob& job, int64_t row, int64_t row_end, int64_t panel,
                       int64_t panel_end);
+  const TrainKernels* train;
 };
 
 extern const Kernels kScalar;

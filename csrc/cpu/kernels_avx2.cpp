@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
+#include "cpu/train.h"
 
 namespace vila2::cpu {
 namespace {
@@ -14,6 +15,8 @@ namespace {
 #include "cpu/linear.inl"
 #include "cpu/attention.inl"
 #include "cpu/bytes.inl"
+#include "cpu/train_rows.inl"
+#include "cpu/train_attention.inl"
 // clang-format on
 
 }  // namespace
@@ -34,6 +37,7 @@ extern const Kernels kAvx2 = {
     attention,
     quantize,
     byte_linear,
+    &kTrain,
 };
 
 }  // namespace vila2::cpu

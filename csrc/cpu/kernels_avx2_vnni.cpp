@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
+#include "cpu/train.h"
 
 namespace vila2::cpu {
 namespace {
@@ -15,6 +16,8 @@ namespace {
 #include "cpu/linear.inl"
 #include "cpu/attention.inl"
 #include "cpu/bytes.inl"
+#include "cpu/train_rows.inl"
+#include "cpu/train_attention.inl"
 // clang-format on
 
 }  // namespace
@@ -35,6 +38,7 @@ extern const Kernels kAvx2Vnni = {
     attention,
     quantize,
     byte_linear,
+    &kTrain,
 };
 
 }  // namespace vila2::cpu

@@ -2,6 +2,7 @@
 // share with another file would be compiled for this instruction set and might run on a CPU that lacks it.
 
 #include "cpu/kernels.h"
+#include "cpu/train.h"
 
 namespace vila2::cpu {
 namespace {
@@ -13,6 +14,8 @@ namespace {
 #include "cpu/linear.inl"
 #include "cpu/attention.inl"
 #include "cpu/bytes.inl"
+#include "cpu/train_rows.inl"
+#include "cpu/train_attention.inl"
 // clang-format on
 
 }  // namespace
@@ -33,6 +36,7 @@ extern const Kernels kScalar = {
     attention,
     quantize,
     byte_linear,
+    &kTrain,
 };
 
 }  // namespace vila2::cpu

@@ -21,6 +21,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "vila2.backends.native",
+        "vila2.backends.http_captioner",
         "vila2.recaption.estimate",
         "vila2.recaption.export",
         "vila2.train.trainer",

@@ -26,6 +26,7 @@ from vila2.model.vision import VisionConfig
 from vila2.model.vlm import ModelConfig
 from vila2.ops.linear import panel_layout
 
+BACKEND = "native"
 FORMAT = 1  # of the directory; another number is another layout of files or weights
 ENGINE_FILE = "engine.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -50,7 +51,7 @@ class EngineRecord:
     versions: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
+        return {"backend": BACKEND, "format": FORMAT, **asdict(self)}
 
 
 def is_engine(path: str | Path) -> bool:
@@ -64,11 +65,13 @@ def read_engine(path: str | Path) -> EngineRecord:
     again = "build it again with `vila2-fast build`"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
+        if values["backend"] != BACKEND:
+            raise UsageError(f"{path} is an engine of the backend {values['backend']}: add --backend")
         if values["format"] != FORMAT:
             raise CheckpointError(
                 f"{path} is an engine of format {values['format']}, this version reads {FORMAT}: {again}"
             )
-        del values["format"]
+        del values["backend"], values["format"]
         return EngineRecord(**{**values, "config": _model_config(values["config"])})
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None

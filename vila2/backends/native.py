@@ -110,6 +110,7 @@ class NativeCaptioner:
             image_key=request.image_key,
             num_siblings=request.num_siblings,
             rng_key=request.rng_key,
+            draft=self._draft_tokens(request),
         )
         try:
             self.engine.add(engine_request)
@@ -117,6 +118,11 @@ class NativeCaptioner:
             return SampleError(ErrorKind.PROMPT_TOO_LONG, str(error))
         self._under_way[request.id] = request
         return None
+
+    def _draft_tokens(self, request: CaptionRequest) -> tuple[int, ...]:
+        # A token is seldom longer than this; what lies far beyond the longest caption is of no use.
+        text = request.draft.strip()[: 16 * request.sampling.max_new_tokens]
+        return tuple(self.checkpoint.tokenizer.encode(text)) if text else ()
 
     def _caption(self, finished: Finished) -> Caption:
         request = self._under_way.pop(finished.id)

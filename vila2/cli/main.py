@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": "vila2.cli.verify:verify",
     "export": "vila2.cli.export:export",
     "train": "vila2.cli.train:train",
+    "loop": "vila2.cli.loop:loop",
     "prompts": "vila2.cli.prompts:prompts",
     "evaluate": "vila2.cli.evaluate:evaluate",
     "world": "vila2.cli.world:world",

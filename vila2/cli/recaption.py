@@ -39,6 +39,12 @@ click.rich_click.OPTION_GROUPS["*recaption"] = [
             "--rank", "--world-size", "--rows-per-part",
         ],
     },
+    {
+        "name": "Servers (--backend http)",
+        "options": [
+            "--base-url", "--api-key-env", "--send-format", "--send-size", "--request-timeout", "--patience",
+        ],
+    },
     {"name": "Behaviour", "options": ["--dry-run", "--retry-errors", "--strict", "--json", "--round", "--help"]},
 ]  # fmt: skip
 
@@ -53,7 +59,7 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
 @click.option(
     "--model",
     metavar="CKPT",
-    help="A VILA or LLaVA checkpoint: a folder. [nano, which ships]",
+    help="A VILA or LLaVA checkpoint: a folder; for --backend http the server's name of it. [nano, which ships]",
 )
 @click.option("--out", metavar="DIR", help="The output folder; the same command again continues it.")
 @click.option("--image-root", metavar="DIR", help="Where the image paths of a LLaVA JSON or Parquet start.")
@@ -119,8 +125,37 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
 @click.option(
     "--precision", type=click.Choice(["auto", "float32", "bf16", "int8", "fp8", "int4"]), help="[auto: bf16]"
 )
-@click.option("--backend", metavar="NAME", help="What runs the model. [native]")
-@click.option("--batch-size", type=int, metavar="N", help="Captions written at once. [by memory]")
+@click.option(
+    "--backend",
+    metavar="NAME",
+    help="What runs the model: native, or http (any OpenAI-compatible server). [native]",
+)
+@click.option(
+    "--base-url",
+    multiple=True,
+    metavar="URL",
+    help="A server of --backend http, like http://localhost:8000/v1; repeatable, the load is shared.",
+)
+@click.option(
+    "--api-key-env",
+    metavar="VARIABLE",
+    help="The environment variable that holds the servers' key. [OPENAI_API_KEY]",
+)
+@click.option(
+    "--send-format",
+    type=click.Choice(["jpeg", "png"]),
+    help="How images travel to a server: small, or with every pixel as it is. [jpeg]",
+)
+@click.option(
+    "--send-size", type=int, metavar="N", help="Shrink images to N pixels on the longest side first."
+)
+@click.option(
+    "--request-timeout", type=float, metavar="S", help="Seconds that a server may take over a caption. [300]"
+)
+@click.option(
+    "--patience", type=float, metavar="S", help="Stop when all servers have failed for S seconds. [120]"
+)
+@click.option("--batch-size", type=int, metavar="N", help="Captions written at once. [by memory; http: 256]")
 @click.option("--threads", type=int, metavar="N", help="CPU threads of the model. [all cores]")
 @click.option("--decode-workers", type=int, metavar="N", help="Threads that decode images. [by cores]")
 @click.option("--limit", type=int, metavar="N", help="Only the first N samples, over all ranks.")
@@ -144,6 +179,7 @@ def recaption(recipe: str | None, no_retry: bool, retry: tuple[str, ...], **opti
     vila2-fast recaption photos/ --model CKPT --out captions/
     vila2-fast recaption 'coyo-{000..127}.tar' --model CKPT --out coyo/ --prompt detailed --prompt ocr
     vila2-fast recaption data.json --image-root images/ --model CKPT --out new/ --dry-run
+    vila2-fast recaption photos/ --backend http --base-url http://gpu:8000/v1 --model NAME --out captions/
     """
     from vila2.config import recaption_settings
 
@@ -153,7 +189,7 @@ def recaption(recipe: str | None, no_retry: bool, retry: tuple[str, ...], **opti
     if no_retry:
         given["retry"] = []
     settings = recaption_settings(recipe, given)
-    if "model" not in settings.model_fields_set:
+    if settings.backend == "native" and "model" not in settings.model_fields_set:
         print(_DEFAULT_MODEL_NOTE, file=sys.stderr)
     if settings.dry_run:
         return _dry_run(settings)

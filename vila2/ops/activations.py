@@ -1,10 +1,13 @@
 """Activations: the gated SiLU of the decoders and the three GELUs of the vision towers and projectors."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from vila2.ops.native import is_native, native
+from vila2.ops.native import is_native, is_native_training, native
 
 GELU_KINDS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
 
@@ -33,6 +36,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         y = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
         native.silu_mul(gate_up, y)
         return y
+    if is_native_training(gate_up) and gate_up.shape[-1] % 2 == 0:
+        return _SiluMul.apply(gate_up)  # type: ignore[no-untyped-call]
     return silu_mul_reference(gate_up)
 
 
@@ -43,4 +48,43 @@ def gelu(x: Tensor, kind: str) -> Tensor:
         y = torch.empty_like(x)
         native.gelu(x, kind, y)
         return y
+    if kind in GELU_KINDS and x.requires_grad and torch.is_grad_enabled() and is_native_training(x):
+        return _Gelu.apply(x, kind)  # type: ignore[no-untyped-call]
     return gelu_reference(x, kind)
+
+
+class _SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        gate_up = gate_up.contiguous()
+        y = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+        native.silu_mul(gate_up, y)
+        ctx.save_for_backward(gate_up)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, y_grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        grad = torch.empty_like(gate_up)
+        native.silu_mul_grad(gate_up, y_grad.contiguous(), grad)
+        return grad
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        native.gelu_grad(x, None, kind, y)  # without a gradient: GELU itself, of every kind
+        ctx.save_for_backward(x)
+        ctx.kind = kind
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        grad = torch.empty_like(x)
+        native.gelu_grad(x, y_grad.contiguous(), ctx.kind, grad)
+        return grad, None

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from vila2.ops.native import is_native_training, native
+
 IGNORED = -100  # the label of a row that is not in the loss
 
 _CHUNK_ELEMENTS = 8 << 20  # logits of one chunk: 32 MiB as float32
@@ -75,6 +77,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _softmax_error(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The summed loss, and the loss's gradient by the logits, in their memory: softmax minus one at the label."""
+    if is_native_training(logits) and logits.dtype == torch.float32:
+        losses = logits.new_empty(len(logits))
+        native.softmax_error(logits, labels.contiguous(), losses)
+        return losses.sum(), logits
     counted = labels != IGNORED
     at = labels.clamp(min=0)[:, None]
     chosen = logits.gather(1, at).squeeze(1)

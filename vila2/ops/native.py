@@ -14,9 +14,12 @@ else:
     except ImportError:  # a checkout that was never built: the references do all
         native = None
 
-__all__ = ["Capabilities", "capabilities", "is_native", "native"]
+__all__ = ["Capabilities", "capabilities", "is_native", "is_native_training", "native"]
 
 _KERNEL_TYPES = (torch.float32, torch.bfloat16)
+
+# A `_C` that was built before the training kernels came lacks them.
+_HAS_TRAINING = hasattr(native, "segment_attention_grad")
 
 if native is not None:
     native.set_num_threads(torch.get_num_threads())
@@ -38,6 +41,13 @@ def is_native(first: Tensor, *others: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return True
     return not (first.requires_grad or any(other.requires_grad for other in others))
+
+
+def is_native_training(first: Tensor, *others: Tensor) -> bool:
+    """True if `_C` can take these tensors and give their gradients: as `is_native`, gradients wanted or not."""
+    if not _HAS_TRAINING or not first.is_cpu or first.dtype not in _KERNEL_TYPES:
+        return False
+    return all(other.dtype == first.dtype and other.is_cpu for other in others)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,14 @@
 
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from vila2.ops.native import is_native, native
+from vila2.ops.native import is_native, is_native_training, native
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -35,6 +37,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y = torch.empty_like(x)
         native.rms_norm(x, weight, eps, y)
         return y
+    if is_native_training(x, weight):
+        return _AddRmsNorm.apply(x, None, weight, eps)[0]  # type: ignore[no-untyped-call]
     if _is_triton(x, weight):
         from vila2.kernels.rms_norm import rms_norm_triton
 
@@ -43,12 +47,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add, then normalise: `(normed, summed)`. Consumes `residual`: a fast path keeps `summed` in its storage."""
+    """Add, then normalise: `(normed, summed)`. Consumes `residual`: where no gradient is wanted, a fast path keeps
+    `summed` in its storage."""
     if is_native(x, residual, weight) and residual.is_contiguous():
         x = x.contiguous()
         y = torch.empty_like(x)
         native.add_rms_norm(x, residual, weight, eps, y)
         return y, residual
+    if torch.is_grad_enabled() and is_native_training(x, residual, weight):
+        return _AddRmsNorm.apply(x, residual, weight, eps)  # type: ignore[no-untyped-call]
     if _is_triton(x, residual, weight) and residual.is_contiguous():
         from vila2.kernels.rms_norm import add_rms_norm_triton
 
@@ -64,6 +71,40 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         native.layer_norm(x, weight, bias, eps, y)
         return y
     return layer_norm_reference(x, weight, bias, eps)
+
+
+class _AddRmsNorm(torch.autograd.Function):
+    """`(normed, summed)` in `_C`; without a residual there is no sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor | None]:
+        x = x.contiguous()
+        y, scales = torch.empty_like(x), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+        weight = weight.contiguous()
+        summed = x
+        if residual is not None:
+            residual, summed = residual.contiguous(), torch.empty_like(x)
+        native.norm_forward(x, residual, weight, eps, None if residual is None else summed, y, scales)
+        ctx.save_for_backward(summed, weight, scales)
+        ctx.has_residual = residual is not None
+        ctx.set_materialize_grads(False)
+        return y, None if residual is None else summed
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, y_grad: Tensor | None, summed_grad: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        if y_grad is None:  # the norm itself led nowhere
+            return summed_grad, summed_grad if ctx.has_residual else None, None, None
+        summed, weight, scales = ctx.saved_tensors
+        x_grad, weight_grad = torch.empty_like(summed), torch.empty_like(weight)
+        if summed_grad is not None:
+            summed_grad = summed_grad.contiguous()
+        native.norm_grad(y_grad.contiguous(), summed_grad, summed, weight, scales, x_grad, weight_grad)
+        return x_grad, x_grad if ctx.has_residual else None, weight_grad, None
 
 
 @cache

@@ -6,10 +6,17 @@ empty. Own rows of different segments do not overlap; rows in no segment come ou
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from vila2.ops.native import is_native_training, native
+from vila2.ops.rope import apply_rope_reference
+
+MAX_HEAD_DIM = 256  # what the kernels of `_C` have room for
 
 
 def segment_attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Tensor:
@@ -45,14 +52,117 @@ def segment_attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Tenso
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Tensor:
     """Attention of packed segments: q (T, H, D), k and v (T, KVH, D) to (T, H * D). Differentiable.
 
-    `segments` (S, 4) as the module says, on the CPU. Raises ValueError for rows out of range.
+    `segments` (S, 4) as the module says, on the CPU. Raises ValueError for rows out of range or owned twice.
     """
     check_segments(q, k, v, segments)
+    if _is_fast(q, k, v):
+        return _SegmentAttention.apply(q, k, v, None, None, None, segments, scale)  # type: ignore[no-untyped-call]
     return _padded_attention(q, k, v, segments, scale)
 
 
+def rotary_segment_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    segments: Tensor,
+    scale: float,
+) -> Tensor:
+    """`segment_attention_reference` of q and k rotated to `positions` (T,) as `apply_rope_reference` does it."""
+    q, k = (apply_rope_reference(x, positions, cos, sin) for x in (q, k))
+    return segment_attention_reference(q, k, v, segments, scale)
+
+
+def rotary_segment_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    segments: Tensor,
+    scale: float,
+) -> Tensor:
+    """Rotary positions and packed attention in one; shapes as in `segment_attention`, tables as in `rope_tables`.
+
+    Raises ValueError for positions out of range (on the CPU), and for rows out of range or owned twice.
+    """
+    if _is_fast(q, k, v) and q.shape[-1] % 2 == 0:
+        check_segments(q, k, v, segments)
+        return _SegmentAttention.apply(q, k, v, positions, cos, sin, segments, scale)  # type: ignore[no-untyped-call]
+    q, k = (apply_rope_reference(x, positions, cos, sin) for x in (q, k))
+    return segment_attention(q, k, v, segments, scale)
+
+
+def _is_fast(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return is_native_training(q, k, v) and 0 < q.shape[-1] <= MAX_HEAD_DIM
+
+
+class _SegmentAttention(torch.autograd.Function):
+    """In `_C`. Keeps rotated float32 copies of q, k and v, head by head, and each row's log of summed weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        segments: Tensor,
+        scale: float,
+    ) -> Tensor:
+        tokens, heads, dim = q.shape
+        q, k, v = (_dense_heads(x) for x in (q, k, v))
+        segments = segments.contiguous()
+        packed = q.new_empty(heads + 2 * k.shape[1], tokens, dim, dtype=torch.float32)
+        log_sums = q.new_empty(heads, tokens, dtype=torch.float32)
+        out = q.new_empty(tokens, heads * dim)
+        native.segment_attention(q, k, v, positions, cos, sin, segments, scale, packed, log_sums, out)
+        ctx.save_for_backward(packed, log_sums, out, positions, cos, sin, segments)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
+        packed, log_sums, out, positions, cos, sin, segments = ctx.saved_tensors
+        tokens, dim = packed.shape[1:]
+        heads = out.shape[1] // dim
+        kv_heads = (len(packed) - heads) // 2
+        sums = packed.new_empty(2 * kv_heads, tokens, dim)
+        # Views of one tensor, as q, k and v mostly are.
+        q_grad, k_grad, v_grad = torch.split(
+            out.new_empty(tokens, len(packed), dim), [heads, kv_heads, kv_heads], 1
+        )
+        native.segment_attention_grad(
+            out_grad.contiguous(),
+            positions,
+            cos,
+            sin,
+            segments,
+            ctx.scale,
+            packed,
+            log_sums,
+            out,
+            sums,
+            q_grad,
+            k_grad,
+            v_grad,
+        )
+        return q_grad, k_grad, v_grad, None, None, None, None, None
+
+
+def _dense_heads(x: Tensor) -> Tensor:
+    """x, or a copy of it if the heads of a row do not lie side by side."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
 def check_segments(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> None:
-    """ValueError unless the shapes fit and every segment lies in the rows of q."""
+    """ValueError unless the shapes fit, every segment lies in the rows of q, and none owns another's rows."""
     tokens, heads, dim = q.shape
     if k.shape != v.shape or k.shape[0] != tokens or k.shape[2] != dim or heads % k.shape[1]:
         raise ValueError(
@@ -66,6 +176,10 @@ def check_segments(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> None:
     starts, ends = segments[:, 0::2], segments[:, 1::2]
     if bool(((starts < 0) | (starts > ends) | (ends > tokens)).any()):
         raise ValueError(f"segments must lie in the {tokens} rows, each start at or before its end")
+    own = segments[segments[:, 0] < segments[:, 1], :2]
+    own = own[own[:, 0].argsort()]
+    if bool((own[1:, 0] < own[:-1, 1]).any()):
+        raise ValueError("own rows of segments must not overlap")
 
 
 def _padded_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Tensor:

@@ -123,7 +123,7 @@ class Exchange:
                 error=error_of(caption) if failed else None,
                 finish_reason=FinishReason.ERROR if failed else caption.finish_reason,
                 num_prompt_tokens=caption.num_prompt_tokens,
-                num_tokens=len(caption.token_ids),
+                num_tokens=caption.num_tokens,
             )
         )
 

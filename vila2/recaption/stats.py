@@ -27,7 +27,7 @@ class Tally:
 
     def attempt(self, caption: Caption) -> None:
         """Count one answer of the captioner, kept or not."""
-        self.tokens += len(caption.token_ids)
+        self.tokens += caption.num_tokens
         self.prompt_tokens += caption.num_prompt_tokens
         self.length_stops += caption.finish_reason is FinishReason.LENGTH
         self.loops += caption.finish_reason is FinishReason.REPETITION

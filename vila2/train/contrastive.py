@@ -30,9 +30,8 @@ def lively_features(tower: VisionTower, tiles: Tensor, keep: int) -> Tensor:
     config = tower.config
     dtype = tower.position_embedding.dtype
     patches = image_patches(tiles, config.patch_size, tower.image_mean, tower.image_std, dtype)
-    contrast = (
-        patches.unflatten(-1, (3, -1)).std(dim=-1).sum(dim=-1)
-    )  # within each channel: not what colour it is
+    # Within each channel: not what colour it is.
+    contrast = patches.reshape(*patches.shape[:-1], 3, -1).std(dim=-1).sum(dim=-1)
     kept = contrast.topk(min(keep, patches.shape[1]), dim=1).indices.sort(dim=1).values
     x = patches.gather(1, kept[:, :, None].expand(-1, -1, patches.shape[2]))
     x = tower.patch_embedding(x) + tower.position_embedding[kept]

@@ -11,15 +11,14 @@ from torch import Tensor
 
 from vila2.model.vlm import VisionLanguageModel
 from vila2.ops.cross_entropy import IGNORED, linear_cross_entropy
-from vila2.ops.rope import apply_rope
-from vila2.ops.segments import segment_attention
+from vila2.ops.segments import rotary_segment_attention
 
 if TYPE_CHECKING:
     from vila2.train.batches import PackedBatch
 
 
 class SegmentAttend:
-    """The decoder's `attend` for packed segments: rotary positions, then `segment_attention`."""
+    """The decoder's `attend` for packed segments: `rotary_segment_attention`."""
 
     def __init__(self, positions: Tensor, segments: Tensor, cos: Tensor, sin: Tensor) -> None:
         if bool((positions >= len(cos)).any()):
@@ -27,9 +26,9 @@ class SegmentAttend:
         self.positions, self.segments, self.cos, self.sin = positions, segments, cos, sin
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = apply_rope(q, self.positions, self.cos, self.sin)
-        k = apply_rope(k, self.positions, self.cos, self.sin)
-        return segment_attention(q, k, v, self.segments, q.shape[-1] ** -0.5)
+        return rotary_segment_attention(
+            q, k, v, self.positions, self.cos, self.sin, self.segments, q.shape[-1] ** -0.5
+        )
 
 
 def batch_loss(

@@ -47,6 +47,8 @@ def open_recaption(
     folder = Path(path).expanduser()
     if mode is not None and mode not in MODES:
         raise UsageError(f"{name}: no mode {mode!r}{nearest(mode, list(MODES))}: {', '.join(MODES)}")
+    if not folder.exists():
+        raise SourceError(f"{name}: {folder} does not exist")
     if (folder / FILE_NAME).is_file():
         return RecaptionSource(name, folder, mode or "new", prompts, cache)
     if mode is not None or prompts:

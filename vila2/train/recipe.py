@@ -293,7 +293,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = (), out: str | None
     """The recipe in a TOML or YAML file with `key=value` overrides on top. UsageError says what is wrong where."""
     values = load_recipe(path)
     for text in overrides:
-        _override(values, text)
+        override(values, text)
     if out is not None:
         values["out"] = out
     if "out" not in values:
@@ -338,7 +338,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _override(values: dict[str, Any], text: str) -> None:
+def override(values: dict[str, Any], text: str) -> None:
     """Set `stage.align.lr=1e-4` in the nested `values`; a list is reached by its items' names or numbers."""
     key, equals, written = text.partition("=")
     if not equals or not key.strip():

@@ -6,15 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from vila2 import __version__
-from vila2.data.files import atomic_write, make_folder, sync_file, sync_folder, write_error
+from vila2.data.files import (
+    atomic_write,
+    make_folder,
+    remove_leftovers,
+    sync_file,
+    sync_folder,
+    write_error,
+)
 from vila2.errors import OutputError, UsageError
 from vila2.model.checkpoint import save_vila
 from vila2.model.vlm import VisionLanguageModel
 from vila2.train.recipe import Recipe, differences
 from vila2.train.start import Start
-from vila2.train.state import saved_step
+from vila2.train.state import remove_unfinished, saved_step
 
 RECIPE_FILE = "recipe.json"
+_PARTIAL = ".checkpoint.partial"
 
 
 class RunFolder:
@@ -38,6 +46,16 @@ class RunFolder:
 
     def has_begun(self, index: int) -> bool:
         return self.is_done(index) or saved_step(self.state(index)) is not None
+
+    def remove_unfinished(self) -> None:
+        """Remove what a process that was killed while it wrote left behind. Call it when nobody else writes."""
+        for index in range(len(self.recipe.stage)):
+            stage = self.stage(index)
+            for folder in (stage, stage / "adapter"):
+                remove_leftovers(folder, "*")
+            shutil.rmtree(stage / _PARTIAL, ignore_errors=True)
+            remove_unfinished(self.state(index))
+        remove_leftovers(self.root, "*")
 
     def record(self, deciding: dict[str, Any]) -> None:
         """Write recipe.json, or check that it says the same. UsageError names what differs.
@@ -94,7 +112,7 @@ class RunFolder:
     def write_checkpoint(self, index: int, model: VisionLanguageModel, start: Start) -> None:
         """The stage's checkpoint in the VILA layout, whole or not at all. OutputError if it cannot be written."""
         target = self.checkpoint(index)
-        partial = target.with_name(".checkpoint.partial")
+        partial = target.with_name(_PARTIAL)
         try:
             shutil.rmtree(partial, ignore_errors=True)
             save_vila(partial, model, start.tokenizer_folder, start.config)

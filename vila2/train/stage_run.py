@@ -39,7 +39,6 @@ from vila2.train.start import Start
 from vila2.train.state import (
     Joined,
     load_state,
-    remove_unfinished,
     restore_rng,
     save_state,
     saved_step,
@@ -96,7 +95,6 @@ class StageRun:
         """Train to the end and write the checkpoint; None if it stopped before, with its state saved."""
         if self.processes.is_main:
             make_folder(self.folder.stage(self.index))
-            remove_unfinished(self.folder.state(self.index))
         self.processes.barrier()
         self._resume()
         log = None

@@ -141,7 +141,7 @@ def _vision(part: VisionPart) -> _PartFound:
     if part.weights is None:
         inner = part.inner_width or 4 * part.width
         gelu, eps = ("quick_gelu", 1e-5) if part.kind == "clip" else ("gelu_pytorch_tanh", 1e-6)
-        last = part.num_layers if part.select_layer is None else part.select_layer
+        last = -1 if part.select_layer is None else part.select_layer
         config = VisionConfig(
             kind=part.kind,
             image_size=part.image_size,

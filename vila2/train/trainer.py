@@ -66,6 +66,7 @@ class Trainer:
         recipe, folder = self.recipe, RunFolder(self.recipe)
         machine = self._machine(processes)
         if processes.is_main:
+            folder.remove_unfinished()
             decided = {"precision": machine.precision, "contents": base_digests(recipe)}
             folder.record({**recipe.deciding(), **decided})
         processes.barrier()

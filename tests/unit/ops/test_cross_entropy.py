@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vila2.ops import cross_entropy as module
 from vila2.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 torch.set_num_threads(1)
@@ -17,6 +18,14 @@ def problem(rows, width, vocab, dtype=torch.float32, ignored=0.3):
     return hidden, weight, labels
 
 
+@pytest.fixture(params=["fast", "torch"])
+def path(request, monkeypatch):
+    """The softmax in `_C`, and in torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(module, "is_native_training", lambda *tensors: False)
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("chunk", [1, 7, 64, None])
 @pytest.mark.parametrize("shape", [(0, 8, 11), (1, 8, 3), (50, 16, 33), (130, 24, 1001)], ids=str)
 def test_loss_and_gradients_equal_the_reference(shape, chunk):
@@ -48,6 +57,7 @@ def test_only_the_wanted_gradients(wanted):
     assert (hidden.grad is not None, weight.grad is not None) == wanted
 
 
+@pytest.mark.usefixtures("path")
 def test_every_row_ignored_costs_nothing():
     hidden, weight, labels = problem(10, 8, 30, ignored=1.1)
     loss = linear_cross_entropy(hidden, weight, labels)
@@ -57,6 +67,7 @@ def test_every_row_ignored_costs_nothing():
     assert not weight.grad.any()
 
 
+@pytest.mark.usefixtures("path")
 def test_huge_logits():
     hidden, weight, labels = problem(12, 8, 30, ignored=0)
     hidden = (hidden.detach() * 1e4).requires_grad_()

@@ -5,7 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vila2.ops.segments import segment_attention, segment_attention_reference
+from vila2.ops import segments as module
+from vila2.ops.rope import rope_tables
+from vila2.ops.segments import (
+    rotary_segment_attention,
+    rotary_segment_attention_reference,
+    segment_attention,
+    segment_attention_reference,
+)
+from vila2.ops.threads import set_threads
 
 torch.set_num_threads(1)
 
@@ -63,8 +71,16 @@ def agree(actual, expected, tolerance=2e-5):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.fixture(params=["fast", "padded"])
+def path(request, monkeypatch):
+    """Each path of `segment_attention`: `_C`, and torch's attention on padded segments."""
+    if request.param == "padded":
+        monkeypatch.setattr(module, "is_native_training", lambda *tensors: False)
+
+
 @pytest.mark.parametrize("heads", [(3, 3, 8), (6, 2, 16), (4, 1, 5)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.usefixtures("path")
 def test_each_path_equals_a_dense_mask(layout, heads):
     q, k, v = inputs(*heads)
     expected = gradients(dense, q, k, v, layout, 0.3)
@@ -94,6 +110,49 @@ def test_any_packing(data):
     q, k, v = inputs(4, 2, 8, rows=row, seed=row)
     expected = gradients(segment_attention_reference, q, k, v, as_tensor(layout), 0.35)
     agree(gradients(segment_attention, q, k, v, as_tensor(layout), 0.35), expected)
+
+
+@pytest.mark.parametrize("heads", [(2, 1, 64), (1, 1, 80), (9, 3, 40), (1, 1, 256), (20, 1, 16)], ids=str)
+@pytest.mark.usefixtures("path")
+def test_long_segments_and_wide_heads(heads):
+    layout = as_tensor([(0, 150, 0, 0), (150, 171, 0, 150), (171, 430, 0, 150)])
+    q, k, v = inputs(*heads, rows=430)
+    expected = gradients(segment_attention_reference, q, k, v, layout, 0.2)
+    agree(gradients(segment_attention, q, k, v, layout, 0.2), expected, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(4, 2, 10), (3, 3, 64)], ids=str)
+@pytest.mark.usefixtures("path")
+def test_rotary_attention_equals_its_reference(heads, dtype):
+    q, k, v = inputs(*heads, dtype=dtype)
+    positions = torch.randint(0, 60, (ROWS,), generator=torch.Generator().manual_seed(0))
+    arguments = (positions, *rope_tables(heads[2], 100.0, 60), as_tensor(LAYOUTS["two prefixes"]), 0.3)
+    expected = gradients(rotary_segment_attention_reference, q, k, v, *arguments)
+    actual = gradients(rotary_segment_attention, q, k, v, *arguments)
+    agree(actual, expected, 3e-5 if dtype == torch.float32 else 6e-2)
+
+
+def test_the_same_bits_on_any_number_of_threads():
+    layout = as_tensor([(0, 150, 0, 0), (150, 171, 0, 150), (171, 430, 0, 150), (430, 500, 430, 430)])
+    q, k, v = inputs(6, 2, 32, rows=500)
+    results = []
+    try:
+        for threads in (1, 3):
+            set_threads(threads)
+            out, grads = gradients(segment_attention, q, k, v, layout, 0.2)
+            results.append((out, *grads))
+    finally:
+        set_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_graph_may_be_walked_twice():
+    q, k, v = inputs(4, 2, 16)
+    out = segment_attention(q, k, v, as_tensor(LAYOUTS["prefix and branches"]), 0.3).square().sum()
+    first = torch.autograd.grad(out, (q, k, v), retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(out, (q, k, v)), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_large_scores_do_not_overflow():
@@ -129,6 +188,7 @@ def test_bfloat16_within_its_precision():
         ([(0, 39, 0, 0)], "must lie in the 38 rows"),
         ([(5, 4, 0, 0)], "must lie in the 38 rows"),
         ([(0, 4, -1, 0)], "must lie in the 38 rows"),
+        ([(0, 4, 0, 0), (10, 20, 0, 0), (3, 5, 0, 0)], "must not overlap"),
     ],
 )
 def test_segments_out_of_range_are_refused(segments, words):
@@ -136,6 +196,13 @@ def test_segments_out_of_range_are_refused(segments, words):
     for function in (segment_attention, segment_attention_reference):
         with pytest.raises(ValueError, match=words):
             function(q, k, v, as_tensor(segments), 1.0)
+
+
+def test_positions_out_of_range_are_refused():
+    q, k, v = inputs(2, 2, 4)
+    arguments = (*rope_tables(4, 100.0, 30), as_tensor([(0, 4, 0, 0)]), 1.0)
+    with pytest.raises((ValueError, IndexError)):
+        rotary_segment_attention(q, k, v, torch.full((ROWS,), 30), *arguments)
 
 
 def test_wrong_shapes_are_refused():
