@@ -123,7 +123,7 @@ def test_a_build_that_dies_leaves_no_engine_and_the_next_one_cleans_up(checkpoin
 
     with monkeypatch.context() as patch:
         patch.setattr(engine_build, "save_packed", no_room)
-        with pytest.raises(OutputError, match="cannot write the engine .*No space left"):
+        with pytest.raises(OutputError, match=r"cannot write the engine .*No space left"):
             build_engine(checkpoint, out, "int8", threads=1)
     assert beside(out) == []
     (tmp_path / ".engine.999.building").mkdir()  # of a process that was killed
