@@ -33,10 +33,12 @@ _SERVER = ("base_url", "api_key_env", "request_timeout", "patience", "send_forma
 # Settings that mean nothing to a backend: refused if they are given, and no part of what decides its captions.
 FOREIGN: dict[str, tuple[str, ...]] = {
     "native": _SERVER,
-    "http": ("device", "precision", "template", "deterministic", "resize", "threads"),
+    "http": ("device", "precision", "template", "deterministic", "resize", "threads", "draft"),
 }
 
 DEFAULT_MODEL = "nano"  # ships with the package
+
+DRAFT_COLUMN = "column:"
 
 DECIDES = "decides"  # a marker in a field's metadata, see the module's docstring
 
@@ -111,6 +113,9 @@ class RecaptionSettings(_Settings):
     repetition: Annotated[Repetition | None, DECIDES] = Repetition()
     truncation: Annotated[Truncation, DECIDES] = "trim"
 
+    # What captions will resemble: written faster for it, never differently (see vila2.recaption.drafts).
+    draft: str = "auto"  # off, auto, original, column:NAME, or the output folder of an earlier run
+
     # Which images are taken.
     max_pixels: Annotated[int, DECIDES, Field(ge=1)] = 100_000_000  # 300 MB of RGB
     min_side: Annotated[int, DECIDES, Field(ge=1)] = 4
@@ -159,6 +164,8 @@ class RecaptionSettings(_Settings):
             raise ValueError("prompt names one prompt twice")
         if any(not text for text in self.stop):
             raise ValueError("stop must not hold an empty string")
+        if not self.draft.removeprefix(DRAFT_COLUMN).strip():
+            raise ValueError(f"draft {self.draft!r} must be off, auto, original, column:NAME or a folder")
         self._check_backend()
         return self
 

@@ -262,7 +262,6 @@ def test_activation_checkpointing_changes_nothing(run: Run, reference: Run) -> N
 
 
 def test_adapters_resume_and_merge(run: Run, vila15: Path, tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     sets = ("--set", "stage.sft.lora={rank=4, dropout=0.1}", "--set", 'stage.sft.optimizer="adamw"')
     assert run.train(*sets).code == 0
     (tmp_path / "again").mkdir()

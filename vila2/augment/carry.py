@@ -1,6 +1,7 @@
 """The steps that run a model: training, recaptioning, evaluation; in this process or through a launcher."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ def run_train(step: Step, context: Context) -> Outcome:
         )
         if trainer.run().interrupted:
             raise Stopped
+    shutil.rmtree(folder / "cache", ignore_errors=True)  # images cut to size: of no use to a run that is done
     stages = [folder / f"{number:02d}-{stage.name}" for number, stage in enumerate(recipe.stage, 1)]
     summaries = [json.loads((stage / "summary.json").read_text(encoding="utf-8")) for stage in stages]
     digests = [inspect_checkpoint(stage / "checkpoint").digest for stage in stages]
@@ -90,10 +92,13 @@ def recaption_settings(step: Step, context: Context) -> RecaptionSettings:
 
     values = context.settings(step)
     own = step.free["settings"]
-    more: dict[str, Any] = {name: values[name] for name in ("prompt", "round", "draft") if name in values}
+    more: dict[str, Any] = {name: values[name] for name in ("prompt", "round")}
     more["seed"] = own.get("seed", values["seed"])
     if "deterministic" not in own:
         more["deterministic"] = not _on_gpu(context)  # so that a run that was cut ends the same
+    draft = place(step.free.get("draft"), context.run)
+    if draft is not None and Path(draft).is_dir():
+        more["draft"] = draft
     if "temperature" in values:
         more["temperature"] = values["temperature"]
     total = num_samples(context)

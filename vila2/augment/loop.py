@@ -79,13 +79,20 @@ class State:
         return step.key({need: self.records[need]["digest"] for need in step.needs})
 
     def _read(self, steps: Sequence[Step]) -> None:
+        """Read the records of steps that are complete, up to the first gain that is new: it changes the plan."""
+        unknown: set[str] = set()  # seeds with a round to come: what follows it in the plan is not final
         for step in steps:
-            if step.name in self.records or not all(need in self.records for need in step.needs):
+            seed = step.name.partition("/")[0]
+            if step.name in self.records or seed in unknown:
                 continue
-            record = read_json(step.folder(self.run) / FILE_NAME)
+            record = None
+            if all(need in self.records for need in step.needs):
+                record = read_json(step.folder(self.run) / FILE_NAME)
             if record is not None:
                 self.check(step, record)
                 self.records[step.name] = record
+            if step.kind == "gain":
+                unknown.add(seed)
 
     def check(self, step: Step, record: Mapping[str, Any]) -> None:
         """UsageError unless `record` is of this very step."""

@@ -141,7 +141,7 @@ class _Seed:
     def _round(self, number: int) -> None:
         name, before = f"round-{number}", f"round-{number - 1}"
         rounds = self.recipe.rounds
-        drafts = number > 1 and rounds.draft and "draft" in RecaptionSettings.model_fields
+        drafts = number > 1 and rounds.draft
         self._recaption(
             name,
             model=f"{before}/train",
@@ -175,16 +175,14 @@ class _Seed:
             "settings": captioning_that_decides(self.recipe.recaption),
         }
         needs = [SOURCE, model, *after]
-        free = {"settings": self.recipe.recaption}
-        if draft is not None:
-            settings["draft"] = self._path(draft)
-            needs.append(draft)
-        self._add(
-            f"{name}/recaption", "recaption", settings, needs, f"{', '.join(prompts)} of every image", free
-        )
+        free: dict[str, Any] = {"settings": self.recipe.recaption}
+        drafts = (
+            {} if draft is None else {"draft": self._path(draft)}
+        )  # makes it faster and changes no caption
+        why = f"{', '.join(prompts)} of every image"
+        self._add(f"{name}/recaption", "recaption", settings, needs, why, free | drafts)
         if not self.has_truth and self.recipe.gates.asks_hallucination:
             probe = {**settings, "temperature": PROBE_TEMPERATURE, "limit": self.recipe.gates.probe}
-            probe.pop("draft", None)
             self._add(
                 f"{name}/again", "recaption", probe, [SOURCE, model], "sampled, to see what is made up", free
             )

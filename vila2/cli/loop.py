@@ -1,12 +1,13 @@
 """`vila2-fast loop`: VILA²'s rounds and specialists as one command that goes on where it stopped."""
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import rich_click as click
 
 if TYPE_CHECKING:
     from vila2.augment.loop import LoopSummary
+    from vila2.augment.probe import LoopEstimate
     from vila2.augment.recipe import LoopRecipe
 
 INTERRUPTED_EXIT = 130
@@ -81,9 +82,37 @@ def _describe(summary: "LoopSummary") -> str:
 
 
 def _dry_run(recipe: "LoopRecipe", as_json: bool) -> int:
-    from vila2.augment.plan import plan
+    from vila2.augment.probe import estimate
+    from vila2.cli.progress import print_event
 
-    rows: list[Any] = plan(recipe)
-    for step in rows:
-        print(step.name, step.kind, step.why)
+    result = estimate(recipe)
+    if as_json:
+        print_event("estimate", result.to_json())
+    else:
+        print(_describe_estimate(result))
     return 0
+
+
+def _describe_estimate(result: "LoopEstimate") -> str:
+    from vila2.cli.progress import clock
+
+    lines = [f"{name}: complete" for name in result.complete]
+    width = max((len(step.step) for step in result.steps), default=0)
+    for step in result.steps:
+        figures = f"{clock(step.seconds):>8} {_size(step.disk_bytes):>9}" if step.basis else " " * 18
+        lines.append(f"{step.step:<{width}}  {figures}  {step.why}{' (begun)' if step.begun else ''}")
+    money = f", {result.cost:.2f} {result.currency}" if result.cost else ""
+    lines.append(
+        f"{len(result.steps)} steps left: {clock(result.seconds)} (h:mm:ss), {_size(result.disk_bytes)} on disk"
+        f"{money}, on this machine's {result.device}; probed in {result.probe_s:.0f} s. "
+        "Rounds after saturation fall away."
+    )
+    return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

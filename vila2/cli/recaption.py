@@ -28,7 +28,7 @@ click.rich_click.OPTION_GROUPS["*recaption"] = [
         "name": "How it answers",
         "options": [
             "--max-new-tokens", "--min-new-tokens", "--temperature", "--top-p", "--top-k", "--seed", "--stop",
-            "--retry", "--no-retry", "--truncation", "--ignore-eos", "--deterministic",
+            "--retry", "--no-retry", "--truncation", "--ignore-eos", "--deterministic", "--draft",
         ],
     },
     {"name": "Which images", "options": ["--max-pixels", "--min-side", "--max-aspect", "--orientation", "--resize"]},
@@ -102,6 +102,12 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
     help="A caption cut by its length: trim it to a sentence, or mark it. [trim]",
 )
 @_flag("ignore-eos", "Write max-new-tokens tokens whatever the model says (for benchmarks).")
+@click.option(
+    "--draft",
+    metavar="WHAT",
+    help="What captions will resemble, to write the same ones faster: original, column:NAME, the output folder of "
+    "an earlier run, off, or auto (the original from --round 2 on). [auto]",
+)
 @_flag("deterministic", "The same bytes whatever the batch size, the resume point or the ranks.")
 @click.option(
     "--max-pixels", type=int, metavar="N", help="Refuse larger images (decompression bombs). [100000000]"
@@ -241,6 +247,11 @@ def _describe(summary: "RunSummary") -> str:
         f"({summary.captions_per_s:.3g} captions/s, {summary.tokens_per_s:.3g} tokens/s) -> {summary.out}",
         f"model: {summary.model}, {summary.compute}",
     ]
+    if summary.drafts.drafted:
+        use = summary.drafts
+        lines.append(
+            f"drafts: {use.accepted} of {use.drafted} tokens were right, {use.tokens_per_step:.2f} tokens a step"
+        )
     if summary.already_done:
         lines.append(f"{summary.already_done} rows were there already")
     marked = {name: count for name, count in summary.status.items() if name not in ("ok", "error")}

@@ -21,6 +21,7 @@ from vila2.engine.sequence import Sequence
 MAX_DRAFT = 24  # tokens that one sequence may verify in a step
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _REPEATS = 3
+_HOPELESS = 0.5  # a row that brings so little of what it costs is not made up for by later ones
 _LINEAR = 0.85  # a row more that costs this share of the average row: larger steps cost in proportion
 
 
@@ -105,19 +106,29 @@ class Speculator:
             draft = chunk.sequence.draft
             if draft is not None and chunk.wants_logits and room[i] > 0:
                 heapq.heappush(heap, (-self._chance(draft, 0), i))
+        best = seconds / expected
+        added: list[int] = []
+        num_best = 0
         while heap and rows < max_rows:
             chance, i = heapq.heappop(heap)
             price = self.cost.of_one_more(rows)
-            if -chance * seconds <= price * expected:
+            if -chance * seconds <= _HOPELESS * price * expected:
                 break  # and all others are less likely
             lengths[i] += 1
+            added.append(i)
             rows += 1
             seconds += price
             expected -= chance
+            if (
+                seconds / expected < best
+            ):  # not at once: costs rise in steps, and later rows may make up for one
+                best, num_best = seconds / expected, len(added)
             draft = chunks[i].sequence.draft
             assert draft is not None
             if lengths[i] < room[i]:
                 heapq.heappush(heap, (chance * self._chance(draft, lengths[i]), i))
+        for i in added[num_best:]:
+            lengths[i] -= 1
         return lengths
 
     def _chance(self, draft: Draft, ahead: int) -> float:
