@@ -5,7 +5,6 @@ into the same folder must agree on it. The others (batch size, threads, rank, li
 """
 
 import difflib
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +27,7 @@ Orientation = Literal["apply", "ignore"]
 Resize = Literal["exact", "fast"]
 
 # What each backend runs today; anything else is refused before a checkpoint is read.
-BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"native": ("float32", "bf16", "int8"), "http": ()}
+BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"native": ("float32", "bf16"), "http": ()}
 _SERVER = ("base_url", "api_key_env", "request_timeout", "patience", "send_format", "send_size")
 # Settings that mean nothing to a backend: refused if they are given, and no part of what decides its captions.
 FOREIGN: dict[str, tuple[str, ...]] = {
@@ -182,18 +181,15 @@ class RecaptionSettings(_Settings):
         if self.precision != "auto" and self.precision not in allowed:
             raise ValueError(
                 f"precision {self.precision} does not run on the {self.backend} backend yet: "
-                f"choose {', '.join(allowed[:-1])} or {allowed[-1]}"
+                f"choose {' or '.join(allowed)}"
             )
 
     @property
     def resolved_precision(self) -> str:
-        """`precision` with `auto` decided: an engine directory's own, else bf16 weights, on every device.
-
-        A server's is not ours to know.
-        """
-        if self.precision != "auto" or self.backend == "http":
-            return self.precision
-        return _engine_precision(Path(self.model)) or "bf16"
+        """`precision` with `auto` decided: bf16 weights, on every device. A server's is not ours to know."""
+        if self.backend == "http":
+            return "auto"
+        return "bf16" if self.precision == "auto" else self.precision
 
     def sampling(self, attempt: int = 0) -> SamplingParams:
         """How to sample the given attempt: 0 is the caption asked for, then the retry ladder."""
@@ -223,16 +219,6 @@ class RecaptionSettings(_Settings):
             for name, field in type(self).model_fields.items()
             if DECIDES in field.metadata and name not in FOREIGN[self.backend]
         }
-
-
-def _engine_precision(folder: Path) -> str | None:
-    """What an engine directory was built for; None if `folder` is none. Whoever opens it checks the rest."""
-    try:
-        values = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    precision = values.get("precision") if isinstance(values, dict) else None
-    return precision if isinstance(precision, str) else None
 
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
