@@ -236,7 +236,7 @@ def device_of(context: Context, step: Step) -> str:
 
 
 def _on_gpu(context: Context) -> bool:
-    from vila2.backends.native import resolve_device
+    from vila2.backends.compute import resolve_device
 
     return resolve_device(context.recipe.device) == "cuda"
 

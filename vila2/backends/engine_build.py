@@ -40,7 +40,7 @@ from vila2.model.images import PreparedImage
 from vila2.model.layout import small_files
 from vila2.model.packed import save_packed
 from vila2.ops.native import capabilities
-from vila2.ops.native import native as kernels
+from vila2.ops.quant import HAS_KERNELS
 from vila2.ops.threads import set_threads
 from vila2.types import Caption, CaptionRequest, SamplingParams
 
@@ -89,9 +89,9 @@ def build_engine(
     """
     out = Path(out).absolute()
     info = inspect_checkpoint(path)
-    if kernels is None:
+    if not HAS_KERNELS:
         raise UsageError(
-            "vila2._C is not built here: install vila2-fast with a C++17 compiler, then build again"
+            "vila2._C is not built here, or is older than this source: install vila2-fast with a C++17 compiler"
         )
     plan = plan_compute("cpu", precision, deterministic, capabilities().fast_bf16)
     if out.exists() and not is_engine(out) and (not out.is_dir() or any(out.iterdir())):
@@ -112,7 +112,7 @@ def cached_engine(path: str | Path) -> Path | None:
 
     None where there is no place to keep one: no kernels, no home, no room.
     """
-    if kernels is None:
+    if not HAS_KERNELS:
         return None
     try:
         digest = inspect_checkpoint(path).digest
