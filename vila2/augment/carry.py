@@ -240,7 +240,7 @@ def _on_gpu(context: Context, kind: str) -> bool:
     """A launcher's machine is taken to have a GPU, unless the recipe says otherwise; of this one it is known."""
     if context.recipe.device != "auto" or getattr(context.recipe.launch, kind) is not None:
         return context.recipe.device != "cpu"
-    from vila2.backends.native import resolve_device
+    from vila2.backends.compute import resolve_device
 
     return resolve_device("auto") == "cuda"
 

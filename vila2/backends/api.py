@@ -70,14 +70,17 @@ class CaptionModel:
 def load(
     checkpoint: str | Path,
     device: str = "auto",
-    precision: str = "bf16",
+    precision: str = "auto",
     *,
     template: str | None = None,
     batch_size: int | None = None,
     threads: int | None = None,
     deterministic: bool = False,
 ) -> CaptionModel:
-    """Load a VILA or LLaVA checkpoint. CheckpointError or UsageError, in one line, when it cannot be used."""
+    """Load a VILA or LLaVA checkpoint, or an engine directory of `vila2-fast build`.
+
+    CheckpointError or UsageError, in one line, when it cannot be used.
+    """
     return CaptionModel(
         open_checkpoint(
             checkpoint,

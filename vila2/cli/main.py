@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "vila2.cli.evaluate:evaluate",
     "world": "vila2.cli.world:world",
     "inspect": "vila2.cli.inspect:inspect",
+    "build": "vila2.cli.build:build",
     "convert": "vila2.cli.convert:convert",
     "doctor": "vila2.cli.doctor:doctor",
     "completion": "vila2.cli.completion:completion",
