@@ -29,7 +29,7 @@ Resize = Literal["exact", "fast"]
 
 # What each backend runs today; anything else is refused before a checkpoint is read.
 BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {
-    "native": ("float32", "bf16"),
+    "native": ("float32", "bf16", "int8"),
     "http": (),
     "trtllm": ("bf16", "fp8", "int4"),
 }
@@ -192,17 +192,19 @@ class RecaptionSettings(_Settings):
         if self.precision != "auto" and self.precision not in allowed:
             raise ValueError(
                 f"precision {self.precision} does not run on the {self.backend} backend yet: "
-                f"choose {' or '.join(allowed)}"
+                f"choose {', '.join(allowed[:-1])} or {allowed[-1]}"
             )
 
     @property
     def resolved_precision(self) -> str:
-        """`precision` with `auto` decided: bf16 weights, on every device. A server's is not ours to know."""
-        if self.backend == "http":
-            return "auto"
-        if self.engine is not None and self.precision == "auto":
-            return _engine_precision(Path(self.engine).expanduser()) or "bf16"
-        return "bf16" if self.precision == "auto" else self.precision
+        """`precision` with `auto` decided: an engine's own, else bf16 weights, on every device.
+
+        A server's is not ours to know.
+        """
+        if self.backend == "http" or self.precision != "auto":
+            return self.precision
+        folder = self.model if self.engine is None else self.engine
+        return _engine_precision(Path(folder).expanduser()) or "bf16"
 
     def sampling(self, attempt: int = 0) -> SamplingParams:
         """How to sample the given attempt: 0 is the caption asked for, then the retry ladder."""

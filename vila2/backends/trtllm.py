@@ -28,7 +28,7 @@ from vila2.backends.trtllm_llm import make_inputs, make_sampling, open_llm
 from vila2.backends.trtllm_vision import FeatureCache, VisionStage, read_config
 from vila2.config import RecaptionSettings
 from vila2.engine.repetition import find_loop, new_runs, update_runs
-from vila2.errors import CheckpointError, VilaError
+from vila2.errors import CheckpointError, UsageError, VilaError
 from vila2.model.checkpoint import inspect_checkpoint
 from vila2.model.images import PreparedImage
 from vila2.model.prompt import VISUAL_TOKEN, PromptTokens, build_prompt, check_template, turn_end_ids
@@ -322,6 +322,12 @@ def open_trtllm(settings: RecaptionSettings) -> TrtllmCaptioner:
     if settings.engine is not None:
         engine = read_engine(Path(settings.engine).expanduser())
         check_engine(engine, api)
+        most = engine.spec.limits["max_new_tokens"]
+        if settings.max_new_tokens > most:
+            raise UsageError(
+                f"{engine.path} has room for captions of {most} tokens, not {settings.max_new_tokens}: "
+                "lower --max-new-tokens, or build another engine"
+            )
     else:
         engine = build(
             settings.model,

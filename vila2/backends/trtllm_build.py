@@ -136,6 +136,7 @@ def _limits(max_batch: int, image_tokens: int, max_new_tokens: int, max_position
         # Two prompts' prefill beside the decoding batch at least: VILA's prompts are not prefilled in chunks.
         "max_num_tokens": max(8192, 2 * max_seq + max_batch),
         "max_multimodal_len": max_batch * image_tokens,
+        "max_new_tokens": max_new_tokens,
     }
 
 

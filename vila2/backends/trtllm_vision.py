@@ -15,11 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vila2.backends.engine_dir import read_model_config
 from vila2.errors import CheckpointError
-from vila2.model.decoder import DecoderConfig
 from vila2.model.images import PreparedImage
-from vila2.model.projector import ProjectorConfig
-from vila2.model.vision import VisionConfig
 from vila2.model.vlm import ModelConfig, VisionLanguageModel
 
 VISION_FILE = "vision.safetensors"
@@ -34,14 +32,8 @@ def save_vision(model: VisionLanguageModel, folder: Path) -> None:
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
     """A model's config from the JSON of an engine. CheckpointError if it does not fit."""
-    fields = dict(values)
     try:
-        fields["vision"] = VisionConfig(**fields["vision"])
-        fields["projector"] = ProjectorConfig(**fields["projector"])
-        fields["decoder"] = DecoderConfig(**fields["decoder"])
-        for name in ("image_mean", "image_std", "s2_scales"):
-            fields[name] = tuple(fields[name])
-        return ModelConfig(**fields)
+        return read_model_config(values)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the engine's model config is broken ({error}): build the engine again"
