@@ -38,8 +38,8 @@ _ENGINE = ("engine", "engine_option")
 # Settings that mean nothing to a backend: refused if they are given, and no part of what decides its captions.
 FOREIGN: dict[str, tuple[str, ...]] = {
     "native": ("request_timeout", *_SERVER, *_ENGINE),
-    "http": ("device", "precision", "template", "deterministic", "resize", "threads", "draft", *_ENGINE),
-    "trtllm": ("device", "deterministic", "threads", "draft", *_SERVER),
+    "http": ("device", "precision", "template", "deterministic", "resize", "threads", *_ENGINE),
+    "trtllm": ("device", "deterministic", "threads", *_SERVER),
 }
 
 DEFAULT_MODEL = "nano"  # ships with the package
@@ -123,7 +123,8 @@ class RecaptionSettings(_Settings):
     repetition: Annotated[Repetition | None, DECIDES] = Repetition()
     truncation: Annotated[Truncation, DECIDES] = "trim"
 
-    # What captions will resemble: written faster for it, never differently (see vila2.recaption.drafts).
+    # What captions will resemble: written faster for it, never differently (see vila2.recaption.drafts). A hint:
+    # a backend that cannot use it does without.
     draft: str = "auto"  # off, auto, original, column:NAME, or the output folder of an earlier run
 
     # Which images are taken.

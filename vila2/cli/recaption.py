@@ -107,7 +107,7 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
     "--draft",
     metavar="WHAT",
     help="What captions will resemble, to write the same ones faster: original, column:NAME, the output folder of "
-    "an earlier run, off, or auto (the original from --round 2 on). [auto]",
+    "an earlier run, off, or auto (the original from --round 2 on). Only the native backend can. [auto]",
 )
 @_flag("deterministic", "The same bytes whatever the batch size, the resume point or the ranks.")
 @click.option(
