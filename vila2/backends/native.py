@@ -122,7 +122,11 @@ class NativeCaptioner:
     def _draft_tokens(self, request: CaptionRequest) -> tuple[int, ...]:
         # A token is seldom longer than this; what lies far beyond the longest caption is of no use.
         text = request.draft.strip()[: 16 * request.sampling.max_new_tokens]
-        return tuple(self.checkpoint.tokenizer.encode(text)) if text else ()
+        if not text:
+            return ()
+        if not self.engine.word_starts:
+            self.engine.word_starts = self.checkpoint.tokenizer.word_starts()
+        return tuple(self.checkpoint.tokenizer.encode(text))
 
     def _caption(self, finished: Finished) -> Caption:
         request = self._under_way.pop(finished.id)

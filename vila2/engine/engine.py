@@ -6,7 +6,7 @@ the model, samples, and ends what has ended. Stop strings need text, so the call
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
@@ -82,6 +82,7 @@ class Engine:
     kv_dtype: torch.dtype = torch.float32
     counters: Counters = field(default_factory=Counters)
     speculator: Speculator = field(default_factory=Speculator)
+    word_starts: Set[int] = frozenset()  # see vila2.engine.draft
     scheduler: Scheduler = field(init=False)
     runner: ModelRunner = field(init=False)
     _encoded: OrderedDict[Hashable, _Encoded] = field(default_factory=OrderedDict)
@@ -113,7 +114,7 @@ class Engine:
                 f"the prompt has {len(request.token_ids)} tokens; this engine has room for "
                 f"{self.max_total_tokens() - 1} and one new one"
             )
-        sequence = start_sequence(replace(request, draft=self._usable(request.draft)))
+        sequence = start_sequence(replace(request, draft=self._usable(request.draft)), self.word_starts)
         if request.sampling.repetition:
             sequence.loop_runs = new_runs(request.sampling.repetition)
         if request.images:
