@@ -8,7 +8,9 @@ to know of them. On the CPU the same steps run without graphs, which is how they
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,12 +79,12 @@ class DecodeBursts:
         """Capture every graph now, the largest first, so that later ones fit into its memory."""
         if self.runner.device.type != "cuda":
             return
-        pool = None
+        pool: Any = None
         for size in reversed(padded_sizes(self.max_num_seqs)):
             # Each capture runs a step: at place 0 of block 0, which nobody holds yet.
             self._step.zero_()
             self._device.positions.zero_()
-            self._graphs[size], pool = _capture(lambda size=size: self._advance(size), pool)
+            self._graphs[size], pool = _capture(partial(self._advance, size), pool)
 
     def length(self, chunks: Seq[Chunk], scheduler: Scheduler) -> int:
         """How many steps these chunks can take on the device, blocks included; 0 if they are no step of decoding."""
@@ -116,8 +118,8 @@ class DecodeBursts:
         """The next `count` tokens of each sequence, whose blocks have room for them. The cache is written."""
         size = next(size for size in padded_sizes(self.max_num_seqs) if size >= len(sequences))
         self._fill(sequences, size, count)
-        for name in _Inputs.__slots__:
-            getattr(self._device, name).copy_(getattr(self._host, name), non_blocking=True)
+        for part in fields(_Inputs):
+            getattr(self._device, part.name).copy_(getattr(self._host, part.name), non_blocking=True)
         self._step.zero_()
         advance = self._graphs.get(size)
         for _ in range(count):
@@ -147,11 +149,12 @@ class DecodeBursts:
             tables[row, : len(sequence.blocks)] = sequence.blocks
             if samplings[row].temperature > 0:
                 key, first = sequence.request.rng_key, sequence.num_new_tokens
-                numbers = [uniform(key, first + step) for step in range(count)]
-                draws[:count, row] = np.minimum(np.float32(numbers), _BELOW_ONE)
-        places = np.arange(count)[:, None] + [sequence.num_new_tokens for sequence in padded]
-        early = places < [sampling.min_new_tokens for sampling in samplings]
-        host.is_banned.numpy()[:count, rows] = early | [sampling.ignore_eos for sampling in samplings]
+                numbers = np.array([uniform(key, first + step) for step in range(count)], dtype=np.float32)
+                draws[:count, row] = np.minimum(numbers, _BELOW_ONE)
+        places = np.arange(count)[:, None] + np.array([sequence.num_new_tokens for sequence in padded])
+        early = places < np.array([sampling.min_new_tokens for sampling in samplings])
+        ignored = np.array([sampling.ignore_eos for sampling in samplings])
+        host.is_banned.numpy()[:count, rows] = early | ignored
 
     def _advance(self, size: int) -> None:
         """One step of `size` rows: nothing here reads a value on the host."""
@@ -207,14 +210,14 @@ def _is_plain(chunk: Chunk) -> bool:
     return chunk.sequence.is_decoding and chunk.num_tokens == 1 and not chunk.draft
 
 
-def _capture(advance: Callable[[], None], pool: object) -> tuple[Callable[[], None], object]:
+def _capture(advance: Callable[[], None], pool: Any) -> tuple[Callable[[], None], Any]:
     """A graph of `advance` and the pool of its memory. It runs once before: kernels compile and libraries wake up."""
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         advance()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
+    with torch.cuda.graph(graph, pool=pool):
         advance()
     return graph.replay, graph.pool()

@@ -14,7 +14,9 @@ class VisionStream:
     """Runs encodes in order, one after another; on the CPU at once, where the caller stands."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._done: torch.cuda.Event | None = None
 
     def run(self, encode: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -26,7 +28,7 @@ class VisionStream:
         self._stream.wait_stream(reader)
         with torch.cuda.stream(self._stream):
             tokens = encode()
-            self._done = torch.cuda.Event()
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
         for part in tokens:
             # Memory of this stream, read by another: it must not be used again before the reader is done.
