@@ -42,7 +42,7 @@ def test_draws_equal_the_reference(top_k, top_p, dtype, device):
     from vila2.kernels.sample import sample_triton
     from vila2.ops.sampling import sample_reference
 
-    rows = 12
+    rows = 4
     logits = (torch.randn(rows, 300) * 2).to(device, dtype)
     logits[0] = 0.0  # all equal
     chosen = settings(rows, device, 0.8, top_k, top_p)
@@ -69,11 +69,11 @@ def test_extreme_draws_and_banned_tokens(device):
 def test_draws_have_the_right_frequencies(device):
     from vila2.kernels.sample import sample_triton
 
-    rows = 256
+    rows = 16
     logits = torch.log(torch.tensor([0.5, 0.25, 0.125, 0.125], device=device)).expand(rows, 4).contiguous()
     draws = (torch.arange(rows) + 0.5) / rows  # each draw once: the counts are exact
     tokens = sample_triton(logits, *settings(rows, device, 1.0, 0, 1.0, draws), *no_ban(rows, device))
-    assert torch.bincount(tokens.cpu(), minlength=4).tolist() == [128, 64, 32, 32]
+    assert torch.bincount(tokens.cpu(), minlength=4).tolist() == [8, 4, 2, 2]
 
 
 def test_loops_are_found_as_by_the_engine(device):
