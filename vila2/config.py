@@ -192,6 +192,10 @@ class RecaptionSettings(_Settings):
                 raise ValueError(f"{name} means nothing to --backend {self.backend}, only to {knows}")
         if self.backend == "http" and not self.base_url:
             raise ValueError("--backend http needs --base-url")
+        if self.engine is not None and self.engine_option:
+            raise ValueError(
+                "engine_option belongs to the building of an engine: give it to `vila2-fast build`"
+            )
         allowed = BACKEND_PRECISIONS[self.backend]
         if self.precision != "auto" and self.precision not in allowed:
             raise ValueError(
