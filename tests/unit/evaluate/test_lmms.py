@@ -98,6 +98,23 @@ def test_questions_about_one_document_share_its_encode(model: Any) -> None:
     assert model.captioner.stats()["images_encoded"] == 2
 
 
+def test_documents_that_show_one_picture_share_it_while_they_are_neighbours(
+    model: Any, checkpoint: Path
+) -> None:
+    order = (1, 1, 1, 2, 2, 1)  # of 40 questions each, more than may wait for a run's end
+    task = Task("pairs", [{"images": [picture(n)]} for n in order], shown, max_new_tokens=2)
+    questions = [f"Question {i}?" for i in range(40)]
+    answers = run(model, [task], [task.request(i, text) for text in questions for i in range(len(order))])
+    of_document = [answers[i :: len(order)] for i in range(len(order))]
+    assert of_document[0] == of_document[1] == of_document[2] == of_document[5] != of_document[3]
+    assert (
+        model.captioner.stats()["images_encoded"] == 4
+    )  # 80 of the first, its third document, two, the last
+    assert of_document[3][7] == alone(
+        checkpoint, questions[7], [picture(2)], SamplingParams(max_new_tokens=2)
+    )
+
+
 def test_documents_without_images(model: Any, checkpoint: Path) -> None:
     for task in (task_of(0), Task("text", [{}], None, max_new_tokens=8)):
         expected = alone(checkpoint, QUESTIONS[0], [], SamplingParams(max_new_tokens=8))
