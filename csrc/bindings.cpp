@@ -263,5 +263,6 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("depth", &vila2::cpu::PackedWeights::depth)
       .def_property_readonly("bytes", &vila2::cpu::PackedWeights::bytes);
   vila2::python::bind_bytes(m);
+  vila2::python::bind_images(m);
   vila2::python::bind_training(m);
 }
