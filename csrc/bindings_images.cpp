@@ -41,11 +41,14 @@ void resize(const py::buffer& image_buffer, const py::buffer& out_buffer, const 
   if (interpolation != "bilinear" && interpolation != "bicubic") {
     throw py::value_error("interpolation: expected bilinear or bicubic, got " + interpolation);
   }
-  const cpu::ResizeJob job{
-      static_cast<const uint8_t*>(image.info.ptr), image.height, image.width,
-      static_cast<uint8_t*>(out.info.ptr),         out.height,   out.width,
-      interpolation == "bilinear" ? cpu::Filter::kBilinear : cpu::Filter::kBicubic,
-      rows_first};
+  const cpu::ResizeJob job{static_cast<const uint8_t*>(image.info.ptr),
+                           image.height,
+                           image.width,
+                           static_cast<uint8_t*>(out.info.ptr),
+                           out.height,
+                           out.width,
+                           interpolation == "bilinear" ? cpu::Filter::kBilinear : cpu::Filter::kBicubic,
+                           rows_first};
   const py::gil_scoped_release release;
   cpu::resize(job);
 }

@@ -28,8 +28,7 @@ class Axis {
     for (size_t i = 0; i < windows.size(); ++i) {
       const double center = (static_cast<double>(i) + 0.5) * scale;
       const auto start = static_cast<int32_t>(std::max(0.0, center - support + 0.5));
-      const auto end =
-          static_cast<int32_t>(std::min(static_cast<double>(old_size), center + support + 0.5));
+      const auto end = static_cast<int32_t>(std::min(static_cast<double>(old_size), center + support + 0.5));
       std::vector<double>& window = windows[i];
       double sum = 0;
       for (int32_t x = start; x < end; ++x) {
@@ -95,8 +94,8 @@ class SafeRows {
 
 int64_t reach(const Axis& axis) { return 3 * 2 * axis.pairs() + kReadBeyond; }
 
-// The horizontal pass runs only as far ahead of the vertical one as its window reaches, into a ring of rows that
-// stays in a cache.
+// The horizontal pass runs only as far ahead of the vertical one as its window reaches, into a ring of rows
+// that stays in a cache.
 void pixels_then_rows(const ResizeJob& job, const Axis* across, const Axis* down) {
   const ResizeKernels& kernel = *kernels().resize;
   const int64_t stride = 3 * job.new_width, group = kernel.rows, padded = stride + kReadBeyond;

@@ -1,8 +1,8 @@
 // Resizing of RGB images, to the very bytes that Pillow makes.
 //
-// Pillow weighs the pixels of a window with integers of 22 bits, sums in int32 and rounds each of its two passes
-// to bytes. So do these kernels; each weight is in two 16-bit parts, `high * 2^kLowBits + low`, whose products
-// with pairs of pixels need one instruction, and sums of int32 are exact in any order.
+// Pillow weighs the pixels of a window with integers of 22 bits, sums in int32 and rounds each of its two
+// passes to bytes. So do these kernels; each weight is in two 16-bit parts, `high * 2^kLowBits + low`, whose
+// products with pairs of pixels need one instruction, and sums of int32 are exact in any order.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace vila2::cpu {
 
 inline constexpr int kWeightBits = 22;
 inline constexpr int kLowBits = 11;
-inline constexpr int64_t kTapGroup = 4;     // windows are padded to so many taps, with taps that weigh nothing
+inline constexpr int64_t kTapGroup = 4;  // windows are padded to so many taps, with taps that weigh nothing
 inline constexpr int64_t kReadBeyond = 16;  // bytes that mix_pixels may read past the end of its last window
 
 // Two neighbouring taps of a window: of both the high parts, of both the low parts.
