@@ -25,6 +25,20 @@ COLUMNS = {
         "ratio": "against the peer's best of the run",
         "same_tokens": "same tokens",
     },
+    "peers": {
+        "engine": "engine",
+        "version": "version",
+        "precision": "precision",
+        "batch": "batch",
+        "images": "images",
+        "rounds": "rounds",
+        "images_per_s": "images/s",
+        "slowest": "slowest round",
+        "ours_times": "ours is, times",
+        "ceiling": "product ceiling, GFLOP/s",
+        "of_ceiling": "of the ceiling",
+        "reason": "why not",
+    },
     "profile": {
         "precision": "precision",
         "seconds": "seconds",
@@ -62,6 +76,16 @@ COLUMNS = {
         "images_per_cpu_s": "images per CPU-second",
         "slowest": "slowest round",
         "ratio": "times",
+    },
+    "world": {
+        "image_size": "pixels",
+        "style": "style",
+        "split": "split",
+        "makes": "makes",
+        "scenes": "scenes",
+        "rounds": "rounds",
+        "scenes_per_cpu_s": "scenes per CPU-second",
+        "slowest": "slowest round",
     },
     "ops": {
         "op": "operation",
@@ -105,7 +129,7 @@ def table(name: str) -> str:
 
 
 def cell(key: str, value: str) -> str:
-    return f"{float(value):.1%}" if key in SHARES else value
+    return f"{float(value):.1%}" if key in SHARES and value else value
 
 
 def filled(text: str) -> str:

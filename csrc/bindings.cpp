@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
+#include <cstring>
 #include <string>
 
 #include "bindings_tensor.h"
@@ -12,6 +13,7 @@
 #include "cpu/parallel.h"
 
 namespace py = pybind11;
+using vila2::cpu::PackedWeights;
 using vila2::cpu::Storage;
 using vila2::python::Dtype;
 using vila2::python::fail;
@@ -197,11 +199,15 @@ void image_patches(py::handle images_object, int64_t patch, py::handle tables_ob
   vila2::cpu::image_patches(job);
 }
 
-vila2::cpu::PackedWeights pack(py::handle weight_object, py::object bias_object, const std::string& storage) {
+Storage storage_of(const std::string& name) {
+  if (name != "float32" && name != "bfloat16") fail("storage", "float32 or bfloat16, got " + name);
+  return name == "float32" ? Storage::kFloat32 : Storage::kBfloat16;
+}
+
+PackedWeights pack(py::handle weight_object, py::object bias_object, const std::string& storage) {
   const Tensor weight(weight_object, "weight");
   weight.is(Dtype::kFloat32, "float32").dims(2).contiguous();
   weight.require(weight.shape[0] > 0 && weight.shape[1] > 0, "rows and columns");
-  if (storage != "float32" && storage != "bfloat16") fail("storage", "float32 or bfloat16, got " + storage);
   const float* bias = nullptr;
   if (!bias_object.is_none()) {
     bias = Tensor(bias_object, "bias")
@@ -210,12 +216,41 @@ vila2::cpu::PackedWeights pack(py::handle weight_object, py::object bias_object,
                .contiguous()
                .as<float>();
   }
-  const Storage kind = storage == "float32" ? Storage::kFloat32 : Storage::kBfloat16;
+  const Storage kind = storage_of(storage);
   const py::gil_scoped_release release;
   return {weight.as<float>(), bias, weight.shape[0], weight.shape[1], kind};
 }
 
-void linear(const vila2::cpu::PackedWeights& weights, py::handle x_object, py::handle y_object) {
+PackedWeights packed_over(py::handle panels_object, py::handle bias_object, int64_t columns, int64_t depth,
+                          const std::string& storage) {
+  const Tensor panels(panels_object, "panels");
+  if (columns < 1 || depth < 1) fail("columns, depth", "positive numbers");
+  const Storage kind = storage_of(storage);
+  const PackedWeights sizes = PackedWeights::over(nullptr, nullptr, columns, depth, kind);
+  panels.is(Dtype::kUint8, "uint8").sized({sizes.bytes()}).contiguous();
+  const float* bias = nullptr;
+  if (!bias_object.is_none()) {
+    bias = Tensor(bias_object, "bias")
+               .is(Dtype::kFloat32, "float32")
+               .sized({sizes.padded_columns()})
+               .contiguous()
+               .as<float>();
+  }
+  return PackedWeights::over(panels.data, bias, columns, depth, kind);
+}
+
+void copy_packed(const PackedWeights& weights, py::handle panels_object, py::handle bias_object) {
+  const Tensor panels(panels_object, "panels");
+  panels.is(Dtype::kUint8, "uint8").sized({weights.bytes()}).contiguous();
+  std::memcpy(panels.data, weights.panels(), static_cast<size_t>(weights.bytes()));
+  if (bias_object.is_none() != !weights.bias()) fail("bias", "None exactly where the weights have none");
+  if (!weights.bias()) return;
+  const Tensor bias(bias_object, "bias");
+  bias.is(Dtype::kFloat32, "float32").sized({weights.padded_columns()}).contiguous();
+  std::memcpy(bias.data, weights.bias(), static_cast<size_t>(weights.padded_columns()) * sizeof(float));
+}
+
+void linear(const PackedWeights& weights, py::handle x_object, py::handle y_object) {
   const Tensor x(x_object, "x"), y(y_object, "y");
   x.is(Dtype::kFloat32, "float32")
       .contiguous()
@@ -256,12 +291,21 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope_store", rope_store);
   m.def("paged_attention", paged_attention);
   m.def("image_patches", image_patches);
-  py::class_<vila2::cpu::PackedWeights>(m, "PackedWeights")
+  m.def("panel_width", [] { return vila2::cpu::kernels().panel_width; });
+  py::class_<PackedWeights>(m, "PackedWeights")
       .def(py::init(&pack), py::arg("weight"), py::arg("bias"), py::arg("storage"))
+      .def_static("over", packed_over, py::keep_alive<0, 1>(), py::keep_alive<0, 2>(), py::arg("panels"),
+                  py::arg("bias"), py::arg("columns"), py::arg("depth"), py::arg("storage"))
+      .def("copy_to", copy_packed, py::arg("panels"), py::arg("bias"))
       .def("multiply", linear)
-      .def_property_readonly("columns", &vila2::cpu::PackedWeights::columns)
-      .def_property_readonly("depth", &vila2::cpu::PackedWeights::depth)
-      .def_property_readonly("bytes", &vila2::cpu::PackedWeights::bytes);
+      .def_property_readonly("columns", &PackedWeights::columns)
+      .def_property_readonly("padded_columns", &PackedWeights::padded_columns)
+      .def_property_readonly("depth", &PackedWeights::depth)
+      .def_property_readonly("bytes", &PackedWeights::bytes)
+      .def_property_readonly("has_bias", [](const PackedWeights& w) { return w.bias() != nullptr; })
+      .def_property_readonly("storage", [](const PackedWeights& w) {
+        return w.storage() == Storage::kFloat32 ? "float32" : "bfloat16";
+      });
   vila2::python::bind_bytes(m);
   vila2::python::bind_images(m);
   vila2::python::bind_training(m);

@@ -56,7 +56,7 @@ RIMS = {
     "click": ("vila2/cli/",),
     "rich": ("vila2/cli/",),
     "rich_click": ("vila2/cli/",),
-    "pydantic": ("vila2/config.py", "vila2/train/recipe.py"),
+    "pydantic": ("vila2/config.py", "vila2/train/recipe.py", "vila2/augment/recipe.py"),
     "peft": ("vila2/train/lora.py",),
     "matplotlib": ("vila2/train/plot.py",),
     "pyarrow": ("vila2/data/", "vila2/recaption/", "vila2/cli/"),
@@ -65,7 +65,8 @@ RIMS = {
     "nvidia": ("vila2/data/",),
     "tensorrt_llm": ("vila2/backends/",),
     "triton": ("kernels/",),
-    "httpx": ("vila2/backends/", "vila2/evaluate/chat.py"),
+    "modelopt": ("vila2/backends/trtllm_quantize.py",),
+    "httpx": ("vila2/backends/",),
     "lmms_eval": ("vila2/evaluate/lmms.py",),
 }
 # Lazy doors: `vila2.load`, and `python -m vila2`.

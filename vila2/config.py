@@ -5,6 +5,7 @@ into the same folder must agree on it. The others (batch size, threads, rank, li
 """
 
 import difflib
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,9 +28,23 @@ Orientation = Literal["apply", "ignore"]
 Resize = Literal["exact", "fast"]
 
 # What each backend runs today; anything else is refused before a checkpoint is read.
-BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"native": ("float32", "bf16")}
+BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {
+    "native": ("float32", "bf16", "int8"),
+    "http": (),
+    "trtllm": ("bf16", "fp8", "int4"),
+}
+_SERVER = ("base_url", "api_key_env", "patience", "send_format", "send_size")
+_ENGINE = ("engine", "engine_option")
+# Settings that mean nothing to a backend: refused if they are given, and no part of what decides its captions.
+FOREIGN: dict[str, tuple[str, ...]] = {
+    "native": ("request_timeout", *_SERVER, *_ENGINE),
+    "http": ("device", "precision", "template", "deterministic", "resize", "threads", "draft", *_ENGINE),
+    "trtllm": ("device", "deterministic", "threads", "draft", *_SERVER),
+}
 
 DEFAULT_MODEL = "nano"  # ships with the package
+
+DRAFT_COLUMN = "column:"
 
 DECIDES = "decides"  # a marker in a field's metadata, see the module's docstring
 
@@ -71,6 +86,18 @@ class RecaptionSettings(_Settings):
     decode_workers: Annotated[int | None, Field(ge=1)] = None  # None: by the number of cores
     deterministic: Annotated[bool, DECIDES] = False
 
+    # Servers (--backend http). The key stands in the environment variable `api_key_env`.
+    base_url: tuple[str, ...] = ()
+    api_key_env: str = "OPENAI_API_KEY"
+    request_timeout: Annotated[float, Field(gt=0)] = 300.0
+    patience: Annotated[float, Field(gt=0)] = 120.0  # seconds that all servers may fail before the run stops
+    send_format: Annotated[Literal["jpeg", "png"], DECIDES] = "jpeg"
+    send_size: Annotated[int | None, DECIDES, Field(ge=16)] = None  # the longest side; None: as it is
+
+    # A TensorRT-LLM engine that was built before, and further settings of its LLM as name=value.
+    engine: str | None = None
+    engine_option: Annotated[tuple[str, ...], DECIDES] = ()
+
     # What the model is asked.
     prompt: Annotated[tuple[str, ...], Field(max_length=64)] = ()
     prompt_text: str | None = None
@@ -96,6 +123,9 @@ class RecaptionSettings(_Settings):
     repetition: Annotated[Repetition | None, DECIDES] = Repetition()
     truncation: Annotated[Truncation, DECIDES] = "trim"
 
+    # What captions will resemble: written faster for it, never differently (see vila2.recaption.drafts).
+    draft: str = "auto"  # off, auto, original, column:NAME, or the output folder of an earlier run
+
     # Which images are taken.
     max_pixels: Annotated[int, DECIDES, Field(ge=1)] = 100_000_000  # 300 MB of RGB
     min_side: Annotated[int, DECIDES, Field(ge=1)] = 4
@@ -119,7 +149,7 @@ class RecaptionSettings(_Settings):
     dry_run: bool = False
     json_lines: Annotated[bool, Field(alias="json")] = False  # `json` is a method of pydantic's models
 
-    @field_validator("prompt", "stop", mode="before")
+    @field_validator("prompt", "stop", "base_url", "engine_option", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         """`prompt = "brief"` in a recipe means `prompt = ["brief"]`."""
@@ -144,20 +174,37 @@ class RecaptionSettings(_Settings):
             raise ValueError("prompt names one prompt twice")
         if any(not text for text in self.stop):
             raise ValueError("stop must not hold an empty string")
+        if not self.draft.removeprefix(DRAFT_COLUMN).strip():
+            raise ValueError(f"draft {self.draft!r} must be off, auto, original, column:NAME or a folder")
+        self._check_backend()
+        return self
+
+    def _check_backend(self) -> None:
         if self.backend not in BACKEND_PRECISIONS:
             raise ValueError(f"backend {self.backend!r} is not one of: {', '.join(BACKEND_PRECISIONS)}")
+        for name in FOREIGN[self.backend]:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                knows = " or ".join(backend for backend, names in FOREIGN.items() if name not in names)
+                raise ValueError(f"{name} means nothing to --backend {self.backend}, only to {knows}")
+        if self.backend == "http" and not self.base_url:
+            raise ValueError("--backend http needs --base-url")
         allowed = BACKEND_PRECISIONS[self.backend]
         if self.precision != "auto" and self.precision not in allowed:
             raise ValueError(
                 f"precision {self.precision} does not run on the {self.backend} backend yet: "
-                f"choose {' or '.join(allowed)}"
+                f"choose {', '.join(allowed[:-1])} or {allowed[-1]}"
             )
-        return self
 
     @property
     def resolved_precision(self) -> str:
-        """`precision` with `auto` decided: bf16 weights, on every device."""
-        return "bf16" if self.precision == "auto" else self.precision
+        """`precision` with `auto` decided: an engine's own, else bf16 weights, on every device.
+
+        A server's is not ours to know.
+        """
+        if self.backend == "http" or self.precision != "auto":
+            return self.precision
+        folder = self.model if self.engine is None else self.engine
+        return _engine_precision(Path(folder).expanduser()) or "bf16"
 
     def sampling(self, attempt: int = 0) -> SamplingParams:
         """How to sample the given attempt: 0 is the caption asked for, then the retry ladder."""
@@ -183,8 +230,20 @@ class RecaptionSettings(_Settings):
         values = self.model_dump(mode="json")
         values["precision"] = self.resolved_precision
         return {
-            name: values[name] for name, field in type(self).model_fields.items() if DECIDES in field.metadata
+            name: values[name]
+            for name, field in type(self).model_fields.items()
+            if DECIDES in field.metadata and name not in FOREIGN[self.backend]
         }
+
+
+def _engine_precision(folder: Path) -> str | None:
+    """What an engine directory was built for; None if `folder` is none. Whoever opens it checks the rest."""
+    try:
+        values = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    precision = values.get("precision") if isinstance(values, dict) else None
+    return precision if isinstance(precision, str) else None
 
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)

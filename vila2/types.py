@@ -53,6 +53,9 @@ class ErrorKind(str, Enum):
     )
     EMPTY_CAPTION = "empty_caption"  # the model wrote nothing, in every attempt
     ENGINE_ERROR = "engine_error"
+    SERVER_ERROR = "server_error"  # a server failed on this request, and answered others
+    REQUEST_REFUSED = "request_refused"  # a server called this request wrong
+    CONTENT_FILTER = "content_filter"  # a server's filter, or the model itself, would not answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,8 @@ class CaptionRequest:
     `images` holds what the captioner's own `prepare` returned for each image. `image_key` names the image:
     requests with the same key share its encode and its prefill; `num_siblings` says how many requests will
     come with that key, this one included. `rng_key` makes sampling depend on the sample and not on its batch.
+    `draft` is a text that the caption probably resembles, such as the image's previous caption: an engine may write
+    faster for it, never anything else.
     """
 
     id: int
@@ -146,11 +151,15 @@ class CaptionRequest:
     image_key: Hashable = None
     num_siblings: int = 1
     rng_key: int = 0
+    draft: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """A captioner's answer to one request. With `finish_reason` ERROR, `error` says why and `text` is empty."""
+    """A captioner's answer to one request. With `finish_reason` ERROR, `error` says why and `text` is empty.
+
+    A captioner that sees no tokens, but is told their number, gives `token_count`.
+    """
 
     id: int
     text: str
@@ -158,6 +167,12 @@ class Caption:
     finish_reason: FinishReason = FinishReason.STOP
     num_prompt_tokens: int = 0
     error: SampleError | None = None
+    token_count: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """The length of the answer in tokens."""
+        return len(self.token_ids) if self.token_count is None else self.token_count
 
     @property
     def status(self) -> Status:

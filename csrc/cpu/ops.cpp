@@ -118,27 +118,43 @@ void PackedWeights::Free::operator()(void* memory) const { std::free(memory); }
 
 PackedWeights::PackedWeights(const float* weight, const float* bias, int64_t columns, int64_t depth,
                              Storage storage)
-    : columns_(columns), depth_(depth), storage_(storage) {
-  const int64_t width = kernels().panel_width;
-  panels_ = ceil_div(columns, width);
-  weights_.reset(
+    : PackedWeights(columns, depth, storage) {
+  own_weights_.reset(
       std::aligned_alloc(64, static_cast<size_t>(std::max<int64_t>(64, ceil_div(bytes(), 64) * 64))));
-  if (!weights_) throw std::bad_alloc();
+  if (!own_weights_) throw std::bad_alloc();
+  weights_ = own_weights_.get();
   if (bias) {
-    bias_.reset(new float[static_cast<size_t>(panels_ * width)]());
-    std::memcpy(bias_.get(), bias, static_cast<size_t>(columns) * sizeof(float));
+    own_bias_.reset(new float[static_cast<size_t>(padded_columns())]());
+    std::memcpy(own_bias_.get(), bias, static_cast<size_t>(columns) * sizeof(float));
+    bias_ = own_bias_.get();
   }
   parallel_for(panels_, [&](int64_t panel) {
-    kernels().pack(weight, columns, depth, weights_.get(), storage, panel);
+    kernels().pack(weight, columns, depth, own_weights_.get(), storage, panel);
   });
 }
 
+PackedWeights::PackedWeights(int64_t columns, int64_t depth, Storage storage)
+    : columns_(columns),
+      depth_(depth),
+      panels_(ceil_div(columns, kernels().panel_width)),
+      storage_(storage) {}
+
+PackedWeights PackedWeights::over(const void* panels, const float* bias, int64_t columns, int64_t depth,
+                                  Storage storage) {
+  PackedWeights weights(columns, depth, storage);
+  weights.weights_ = panels;
+  weights.bias_ = bias;
+  return weights;
+}
+
+int64_t PackedWeights::padded_columns() const { return panels_ * kernels().panel_width; }
+
 int64_t PackedWeights::bytes() const {
-  return panels_ * kernels().panel_width * depth_ * (storage_ == Storage::kFloat32 ? 4 : 2);
+  return padded_columns() * depth_ * (storage_ == Storage::kFloat32 ? 4 : 2);
 }
 
 void PackedWeights::multiply(const float* x, float* y, int64_t rows) const {
-  const LinearJob job{x, weights_.get(), storage_, bias_.get(), y, depth_, columns_};
+  const LinearJob job{x, weights_, storage_, bias_, y, depth_, columns_};
   // Rows whose block of x (kRows x kDepthBlock) stays in the L2 cache while all panels pass by.
   constexpr int64_t kRows = 192;
   const int64_t row_blocks = std::max<int64_t>(1, ceil_div(rows, kRows));

@@ -41,21 +41,32 @@ class PackedWeights {
   // `weight` is (columns, depth); `bias` is (columns) or null. Both are copied.
   PackedWeights(const float* weight, const float* bias, int64_t columns, int64_t depth, Storage storage);
 
+  // Weights that are packed already, used where they lie: bytes() of panels; padded_columns() of bias, or null.
+  static PackedWeights over(const void* panels, const float* bias, int64_t columns, int64_t depth,
+                            Storage storage);
+
   void multiply(const float* x, float* y, int64_t rows) const;
 
   int64_t columns() const { return columns_; }
+  int64_t padded_columns() const;
   int64_t depth() const { return depth_; }
   Storage storage() const { return storage_; }
   int64_t bytes() const;
+  const void* panels() const { return weights_; }
+  const float* bias() const { return bias_; }
 
  private:
   struct Free {
     void operator()(void* memory) const;
   };
+  PackedWeights(int64_t columns, int64_t depth, Storage storage);
+
   int64_t columns_, depth_, panels_;
   Storage storage_;
-  std::unique_ptr<void, Free> weights_;
-  std::unique_ptr<float[]> bias_;  // padded to whole panels
+  std::unique_ptr<void, Free> own_weights_;
+  std::unique_ptr<float[]> own_bias_;
+  const void* weights_ = nullptr;
+  const float* bias_ = nullptr;  // padded to whole panels
 };
 
 }  // namespace vila2::cpu

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "vila2.backends.native",
+        "vila2.backends.http_captioner",
         "vila2.recaption.estimate",
         "vila2.recaption.export",
         "vila2.train.trainer",
@@ -32,7 +33,7 @@ _context.set_forkserver_preload(
     ]
 )
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0  # generous: machines are slow when they are shared
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ class Done:
     stderr: str
 
 
-def _child(arguments: list[str], stdout: str, stderr: str, fault: str) -> None:
+def _child(
+    arguments: list[str], stdout: str, stderr: str, fault: str, environment: Mapping[str, str]
+) -> None:
+    os.environ.update(environment)
     for number, path in ((1, stdout), (2, stderr)):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(fd, number)
@@ -60,11 +64,18 @@ def _child(arguments: list[str], stdout: str, stderr: str, fault: str) -> None:
 class Process:
     """A command under way."""
 
-    def __init__(self, folder: Path, arguments: list[str], fault: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        arguments: list[str],
+        fault: str = "",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._stdout, self._stderr = folder / "stdout.txt", folder / "stderr.txt"
         folder.mkdir(parents=True, exist_ok=True)
         self._process = _context.Process(
-            target=_child, args=(arguments, str(self._stdout), str(self._stderr), fault)
+            target=_child,
+            args=(arguments, str(self._stdout), str(self._stderr), fault, environment or {}),
         )
         self._process.start()
 
@@ -88,10 +99,12 @@ def vila2_fast(tmp: Path, *arguments: str | Path, fault: str = "") -> Done:
     return start(tmp, *arguments, fault=fault).wait()
 
 
-def start(tmp: Path, *arguments: str | Path, fault: str = "") -> Process:
+def start(
+    tmp: Path, *arguments: str | Path, fault: str = "", environment: Mapping[str, str] | None = None
+) -> Process:
     global _number  # noqa: PLW0603 - names the folder of each process's output
     _number += 1
-    return Process(tmp / f"process-{_number}", [str(argument) for argument in arguments], fault)
+    return Process(tmp / f"process-{_number}", [str(argument) for argument in arguments], fault, environment)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["BACKENDS", "Captioner", "open_captioner"]
 
 # name -> "module:maker"; maker(settings) -> Captioner
-BACKENDS = {"native": "vila2.backends.native:open_native"}
+BACKENDS = {
+    "native": "vila2.backends.native:open_native",
+    "http": "vila2.backends.http_captioner:open_http",
+    "trtllm": "vila2.backends.trtllm:open_trtllm",
+}
 
 
 class Captioner(Protocol):
@@ -48,9 +52,15 @@ class Captioner(Protocol):
 
 
 def open_captioner(settings: RecaptionSettings) -> Captioner:
-    """Open the backend that the settings name. CheckpointError or UsageError when it cannot run them."""
+    """Open the backend that the settings name. VilaError (of whichever kind) when it cannot run them."""
     if settings.backend not in BACKENDS:
         raise UsageError(f"backend {settings.backend!r} is not one of: {', '.join(BACKENDS)}")
     module, _, maker = BACKENDS[settings.backend].partition(":")
-    captioner: Captioner = getattr(import_module(module), maker)(settings)
+    try:
+        loaded = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != "httpx":
+            raise
+        raise UsageError('--backend http needs httpx: pip install "vila2-fast[http]"') from None
+    captioner: Captioner = getattr(loaded, maker)(settings)
     return captioner

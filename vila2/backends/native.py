@@ -1,15 +1,30 @@
 """Our own engine behind the Captioner seam: a VILA or LLaVA checkpoint on this machine's CPU or GPU."""
 
-import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vila2.backends.compute import (
+    ComputePlan,
+    available_cores,
+    available_memory,
+    pack_model,
+    plan_compute,
+    resolve_device,
+)
+from vila2.backends.engine_dir import (
+    check_asked,
+    check_engine,
+    is_engine,
+    layout_of,
+    load_engine,
+    read_engine,
+)
 from vila2.config import RecaptionSettings
 from vila2.engine.engine import Engine, EngineLimits
 from vila2.engine.sequence import EngineRequest, Finished, ImageSpan
@@ -17,51 +32,11 @@ from vila2.errors import UsageError
 from vila2.model.checkpoint import LoadedCheckpoint, load_checkpoint
 from vila2.model.images import PreparedImage
 from vila2.model.prompt import build_prompt, check_template
-from vila2.ops.linear import pack_linears
 from vila2.ops.native import capabilities
 from vila2.ops.threads import set_threads
 from vila2.types import Caption, CaptionRequest, ErrorKind, FinishReason, SampleError
 
-
-@dataclass(frozen=True, slots=True)
-class ComputePlan:
-    """How a precision is carried out on a device: the model's type, the packed weights' (if any), the cache's."""
-
-    model_dtype: torch.dtype
-    packed_dtype: torch.dtype | None
-    kv_dtype: torch.dtype
-    summary: str
-
-
-def plan_compute(device: str, precision: str, deterministic: bool, has_bf16_products: bool) -> ComputePlan:
-    """Choose the arithmetic for `precision` (float32 or bf16) on `device` (cpu or cuda).
-
-    Packed products keep sums and activations in float32 and do not depend on the batch, so they serve every
-    CPU without bf16 instructions, and `deterministic` runs on those that have them.
-    """
-    if precision not in ("float32", "bf16"):
-        raise UsageError(f"precision {precision!r} is not one of: float32, bf16")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if device == "cuda":
-        if deterministic:
-            raise UsageError("--deterministic runs on the CPU only so far: add --device cpu")
-        return ComputePlan(dtype, None, dtype, f"{precision} through torch on the GPU")
-    if precision == "bf16" and has_bf16_products and not deterministic:
-        return ComputePlan(dtype, None, dtype, "bf16 products of this CPU")
-    return ComputePlan(
-        torch.float32, dtype, dtype, f"{precision} weights, float32 sums, vila2's own products"
-    )
-
-
-def resolve_device(device: str) -> str:
-    """`auto` becomes cuda where there is a GPU; UsageError if cuda is asked for and there is none."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "--device cuda: torch sees no GPU here; use --device cpu, or see `vila2-fast doctor`"
-        )
-    return device
+DEFAULT_PRECISION = "bf16"
 
 
 class NativeCaptioner:
@@ -135,6 +110,7 @@ class NativeCaptioner:
             image_key=request.image_key,
             num_siblings=request.num_siblings,
             rng_key=request.rng_key,
+            draft=self._draft_tokens(request),
         )
         try:
             self.engine.add(engine_request)
@@ -142,6 +118,11 @@ class NativeCaptioner:
             return SampleError(ErrorKind.PROMPT_TOO_LONG, str(error))
         self._under_way[request.id] = request
         return None
+
+    def _draft_tokens(self, request: CaptionRequest) -> tuple[int, ...]:
+        # A token is seldom longer than this; what lies far beyond the longest caption is of no use.
+        text = request.draft.strip()[: 16 * request.sampling.max_new_tokens]
+        return tuple(self.checkpoint.tokenizer.encode(text)) if text else ()
 
     def _caption(self, finished: Finished) -> Caption:
         request = self._under_way.pop(finished.id)
@@ -196,7 +177,7 @@ def open_checkpoint(
     path: str | Path,
     *,
     device: str = "auto",
-    precision: str = "bf16",
+    precision: str = "auto",
     template: str | None = None,
     batch_size: int | None = None,
     threads: int | None = None,
@@ -204,25 +185,53 @@ def open_checkpoint(
     max_new_tokens: int = 256,
     resize: str = "exact",
 ) -> NativeCaptioner:
-    """Load a checkpoint and build an engine for it.
+    """Open a checkpoint, or an engine directory that was built from one (see vila2.backends.engine_dir).
 
-    `batch_size` is the number of sequences decoded together (default: by the device and its memory);
-    `max_new_tokens` is only the usual length, by which the cache is sized; `resize` is exact (Pillow's pixels)
-    or fast (see `ImageProcessor.exact`).
+    `precision` "auto" is the engine's own, or bf16. `batch_size` is the number of sequences decoded together
+    (default: by the device and its memory); `max_new_tokens` is only the usual length, by which the cache is sized;
+    `resize` is exact (Pillow's pixels) or fast (see `ImageProcessor.exact`).
     """
-    device = resolve_device(device)
-    plan = plan_compute(device, precision, deterministic, capabilities().fast_bf16)
     if template is not None:
         check_template(template)
     set_threads(threads or available_cores())
-    checkpoint = load_checkpoint(path, dtype=plan.model_dtype, device=device)
+    if is_engine(path):
+        checkpoint, plan = _open_engine(path, device, precision, deterministic)
+        name, device = read_engine(path).name, "cpu"
+    else:
+        device = resolve_device(device)
+        precision = DEFAULT_PRECISION if precision == "auto" else precision
+        plan = plan_compute(device, precision, deterministic, capabilities().fast_bf16)
+        checkpoint = _load(path, plan, device, precision, deterministic)
+        name = Path(path).resolve().name
     processor = replace(checkpoint.image_processor, exact=resize == "exact")
     checkpoint = replace(checkpoint, image_processor=processor)
-    if plan.packed_dtype is not None:
-        pack_linears(checkpoint.model, plan.packed_dtype)
     limits = size_engine(checkpoint, plan, device, batch_size, max_new_tokens)
-    name = Path(path).resolve().name
     return NativeCaptioner(checkpoint, plan, name, template or checkpoint.config.template, limits)
+
+
+def _open_engine(
+    path: str | Path, device: str, precision: str, deterministic: bool
+) -> tuple[LoadedCheckpoint, ComputePlan]:
+    record = read_engine(path)
+    check_asked(path, record, precision, device)
+    plan = plan_compute("cpu", record.precision, deterministic, capabilities().fast_bf16)
+    check_engine(path, record, layout_of(plan))
+    return load_engine(path, record), plan
+
+
+def _load(
+    path: str | Path, plan: ComputePlan, device: str, precision: str, deterministic: bool
+) -> LoadedCheckpoint:
+    """The checkpoint as the plan runs it. Rounding to int8 takes a while: it is done once, into a cache."""
+    if plan.packed_dtype is torch.int8:
+        from vila2.backends.engine_build import cached_engine  # which captions with this module
+
+        cached = cached_engine(path)
+        if cached is not None:
+            return _open_engine(cached, device, precision, deterministic)[0]
+    checkpoint = load_checkpoint(path, dtype=plan.model_dtype, device=device)
+    pack_model(checkpoint.model, plan)
+    return checkpoint
 
 
 def size_engine(
@@ -253,24 +262,3 @@ def size_engine(
         vision_batch=64 if device == "cuda" else 8,
         num_kv_tokens=num_kv_tokens,
     )
-
-
-def available_cores() -> int:
-    """The cores that this process may use (its affinity mask, as containers and Slurm set it)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def available_memory() -> int:
-    """Bytes of memory that can be had without swapping, the container's limit included where it shows."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        if limit != "max":
-            free = min(free, int(limit) - used)
-    except (OSError, ValueError):
-        pass  # not Linux, or no cgroup: the plain figure stands
-    return free

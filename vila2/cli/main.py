@@ -20,10 +20,14 @@ COMMANDS = {
     "verify": "vila2.cli.verify:verify",
     "export": "vila2.cli.export:export",
     "train": "vila2.cli.train:train",
+    "loop": "vila2.cli.loop:loop",
+    "report": "vila2.cli.report:report",
     "prompts": "vila2.cli.prompts:prompts",
     "evaluate": "vila2.cli.evaluate:evaluate",
     "world": "vila2.cli.world:world",
     "inspect": "vila2.cli.inspect:inspect",
+    "build": "vila2.cli.build:build",
+    "engines": "vila2.cli.engines:engines",
     "convert": "vila2.cli.convert:convert",
     "doctor": "vila2.cli.doctor:doctor",
     "completion": "vila2.cli.completion:completion",
@@ -88,5 +92,8 @@ def _usage_line(error: click.ClickException) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    """Where a launcher started several processes, each says which it is."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    of = "" if count == "1" else f"process {os.environ.get('RANK', '?')} of {count}: "
+    print(f"error: {of}{message}", file=sys.stderr)
     return code

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from vila2.recaption.stats import Progress
+    from vila2.recaption.stats import DraftUse, Progress
 
 PLAIN_EVERY_S = 5.0
 JSON_EVERY_S = 1.0
@@ -52,7 +52,14 @@ def line_of(progress: "Progress") -> str:
         f"{_figure(progress.tokens_per_s)} tokens/s, queues decode {progress.waiting_decode} "
         f"vision {progress.waiting_model} language {progress.in_model} ({progress.bottleneck}), "
         f"{progress.errors} errors, {clock(progress.eta_s)} left"
+        f"{_drafts(progress.drafts)}"
     )
+
+
+def _drafts(use: "DraftUse") -> str:
+    if not use.drafted:
+        return ""
+    return f", drafts {use.accepted / use.drafted:.0%} right, {use.tokens_per_step:.2f} tokens a step"
 
 
 def _figure(value: float) -> str:

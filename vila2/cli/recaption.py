@@ -28,7 +28,7 @@ click.rich_click.OPTION_GROUPS["*recaption"] = [
         "name": "How it answers",
         "options": [
             "--max-new-tokens", "--min-new-tokens", "--temperature", "--top-p", "--top-k", "--seed", "--stop",
-            "--retry", "--no-retry", "--truncation", "--ignore-eos", "--deterministic",
+            "--retry", "--no-retry", "--truncation", "--ignore-eos", "--deterministic", "--draft",
         ],
     },
     {"name": "Which images", "options": ["--max-pixels", "--min-side", "--max-aspect", "--orientation", "--resize"]},
@@ -39,6 +39,13 @@ click.rich_click.OPTION_GROUPS["*recaption"] = [
             "--rank", "--world-size", "--rows-per-part",
         ],
     },
+    {
+        "name": "Servers (--backend http)",
+        "options": [
+            "--base-url", "--api-key-env", "--send-format", "--send-size", "--request-timeout", "--patience",
+        ],
+    },
+    {"name": "TensorRT-LLM (--backend trtllm)", "options": ["--engine", "--engine-option"]},
     {"name": "Behaviour", "options": ["--dry-run", "--retry-errors", "--strict", "--json", "--round", "--help"]},
 ]  # fmt: skip
 
@@ -53,7 +60,7 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
 @click.option(
     "--model",
     metavar="CKPT",
-    help="A VILA or LLaVA checkpoint: a folder. [nano, which ships]",
+    help="A VILA or LLaVA checkpoint: a folder; for --backend http the server's name of it. [nano, which ships]",
 )
 @click.option("--out", metavar="DIR", help="The output folder; the same command again continues it.")
 @click.option("--image-root", metavar="DIR", help="Where the image paths of a LLaVA JSON or Parquet start.")
@@ -96,6 +103,12 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
     help="A caption cut by its length: trim it to a sentence, or mark it. [trim]",
 )
 @_flag("ignore-eos", "Write max-new-tokens tokens whatever the model says (for benchmarks).")
+@click.option(
+    "--draft",
+    metavar="WHAT",
+    help="What captions will resemble, to write the same ones faster: original, column:NAME, the output folder of "
+    "an earlier run, off, or auto (the original from --round 2 on). [auto]",
+)
 @_flag("deterministic", "The same bytes whatever the batch size, the resume point or the ranks.")
 @click.option(
     "--max-pixels", type=int, metavar="N", help="Refuse larger images (decompression bombs). [100000000]"
@@ -119,8 +132,44 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
 @click.option(
     "--precision", type=click.Choice(["auto", "float32", "bf16", "int8", "fp8", "int4"]), help="[auto: bf16]"
 )
-@click.option("--backend", metavar="NAME", help="What runs the model. [native]")
-@click.option("--batch-size", type=int, metavar="N", help="Captions written at once. [by memory]")
+@click.option(
+    "--backend",
+    metavar="NAME",
+    help="What runs the model: native, trtllm (TensorRT-LLM), or http (any OpenAI-compatible server). [native]",
+)
+@click.option(
+    "--base-url",
+    multiple=True,
+    metavar="URL",
+    help="A server of --backend http, like http://localhost:8000/v1; repeatable, the load is shared.",
+)
+@click.option(
+    "--api-key-env",
+    metavar="VARIABLE",
+    help="The environment variable that holds the servers' key. [OPENAI_API_KEY]",
+)
+@click.option(
+    "--send-format",
+    type=click.Choice(["jpeg", "png"]),
+    help="How images travel to a server: small, or with every pixel as it is. [jpeg]",
+)
+@click.option(
+    "--send-size", type=int, metavar="N", help="Shrink images to N pixels on the longest side first."
+)
+@click.option(
+    "--request-timeout", type=float, metavar="S", help="Seconds that a server may take over a caption. [300]"
+)
+@click.option("--engine", metavar="DIR", help="A folder that `vila2-fast build --backend trtllm` made.")
+@click.option(
+    "--engine-option",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A further setting of tensorrt_llm's LLM; repeatable, refused if this version has none such.",
+)
+@click.option(
+    "--patience", type=float, metavar="S", help="Stop when all servers have failed for S seconds. [120]"
+)
+@click.option("--batch-size", type=int, metavar="N", help="Captions written at once. [by memory; http: 256]")
 @click.option("--threads", type=int, metavar="N", help="CPU threads of the model. [all cores]")
 @click.option("--decode-workers", type=int, metavar="N", help="Threads that decode images. [by cores]")
 @click.option("--limit", type=int, metavar="N", help="Only the first N samples, over all ranks.")
@@ -144,6 +193,7 @@ def recaption(recipe: str | None, no_retry: bool, retry: tuple[str, ...], **opti
     vila2-fast recaption photos/ --model CKPT --out captions/
     vila2-fast recaption 'coyo-{000..127}.tar' --model CKPT --out coyo/ --prompt detailed --prompt ocr
     vila2-fast recaption data.json --image-root images/ --model CKPT --out new/ --dry-run
+    vila2-fast recaption photos/ --backend http --base-url http://gpu:8000/v1 --model NAME --out captions/
     """
     from vila2.config import recaption_settings
 
@@ -152,8 +202,10 @@ def recaption(recipe: str | None, no_retry: bool, retry: tuple[str, ...], **opti
         given["retry"] = [_parse_retry(text) for text in retry]
     if no_retry:
         given["retry"] = []
+    if given.get("engine") is not None and given.get("backend") is None:
+        given["backend"] = "trtllm"
     settings = recaption_settings(recipe, given)
-    if "model" not in settings.model_fields_set:
+    if settings.backend == "native" and "model" not in settings.model_fields_set:
         print(_DEFAULT_MODEL_NOTE, file=sys.stderr)
     if settings.dry_run:
         return _dry_run(settings)
@@ -205,6 +257,11 @@ def _describe(summary: "RunSummary") -> str:
         f"({summary.captions_per_s:.3g} captions/s, {summary.tokens_per_s:.3g} tokens/s) -> {summary.out}",
         f"model: {summary.model}, {summary.compute}",
     ]
+    if summary.drafts.drafted:
+        use = summary.drafts
+        lines.append(
+            f"drafts: {use.accepted} of {use.drafted} tokens were right, {use.tokens_per_step:.2f} tokens a step"
+        )
     if summary.already_done:
         lines.append(f"{summary.already_done} rows were there already")
     marked = {name: count for name, count in summary.status.items() if name not in ("ok", "error")}

@@ -9,6 +9,8 @@ import fcntl
 import json
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -80,6 +82,28 @@ class RunLock:
 
     def _path(self) -> Path:
         return self.folder / f"rank-{self.rank:05d}.lock"
+
+
+@contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, after whoever has it. The file is gone afterwards.
+
+    On a file system without locks nobody waits. Raises OSError if the file cannot be made.
+    """
+    while True:
+        with _Opened(path) as fd:
+            _lock(fd, wait=True)
+            try:
+                current = path.stat()
+            except FileNotFoundError:
+                continue  # the one before us removed it, and a third may have made it anew
+            if not os.path.samestat(current, os.fstat(fd)):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 class _Opened:

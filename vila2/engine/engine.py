@@ -8,7 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,10 +17,13 @@ from vila2.engine.blocks import BlockPool
 from vila2.engine.repetition import find_loop, new_runs, update_runs
 from vila2.engine.runner import ModelRunner
 from vila2.engine.sampler import sample_tokens
-from vila2.engine.scheduler import Scheduler, Step
+from vila2.engine.scheduler import Chunk, Scheduler, Step
 from vila2.engine.sequence import EngineRequest, Finished, Sequence, start_sequence
+from vila2.engine.speculation import MAX_DRAFT, Speculator, measure_step_cost
 from vila2.model.vlm import VisionLanguageModel
 from vila2.types import FinishReason
+
+_PROBE_CONTEXT = 256  # tokens: about an image and half a caption
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class EngineLimits:
     num_kv_tokens: int = 32 * 1024
     block_size: int = 16
     max_kept_images: int = 64  # encoded images kept for siblings that have not come yet
+    max_draft: int = MAX_DRAFT  # drafted tokens that a sequence may verify in a step; 0 leaves drafts unused
 
 
 @dataclass(slots=True)
@@ -43,12 +47,18 @@ class Counters:
     prompt_tokens: int = 0  # of admitted requests, shared ones included
     computed_tokens: int = 0  # rows that really went through the language model
     new_tokens: int = 0
+    sequence_steps: int = (
+        0  # rows of plain decoding that the new tokens would have taken one by one, as they were
+    )
+    drafted_tokens: int = 0  # of drafts, verified
+    accepted_tokens: int = 0  # of those, right
     images_encoded: int = 0
     images_shared: int = 0  # requests whose image was encoded for another one
     loops_cut: int = 0
     vision_s: float = 0.0
     language_s: float = 0.0
     sample_s: float = 0.0
+    probe_s: float = 0.0  # measuring what a step costs, once, when the first draft comes
 
 
 @dataclass(slots=True)
@@ -71,6 +81,7 @@ class Engine:
     decode: Callable[[Seq[int]], str]
     kv_dtype: torch.dtype = torch.float32
     counters: Counters = field(default_factory=Counters)
+    speculator: Speculator = field(default_factory=Speculator)
     scheduler: Scheduler = field(init=False)
     runner: ModelRunner = field(init=False)
     _encoded: OrderedDict[Hashable, _Encoded] = field(default_factory=OrderedDict)
@@ -102,7 +113,7 @@ class Engine:
                 f"the prompt has {len(request.token_ids)} tokens; this engine has room for "
                 f"{self.max_total_tokens() - 1} and one new one"
             )
-        sequence = start_sequence(request)
+        sequence = start_sequence(replace(request, draft=self._usable(request.draft)))
         if request.sampling.repetition:
             sequence.loop_runs = new_runs(request.sampling.repetition)
         if request.images:
@@ -121,28 +132,75 @@ class Engine:
         step = self.scheduler.schedule(self._is_encoded)
         if not step.chunks:
             return []
+        self._add_drafts(step)
         start = time.perf_counter()
         self.runner.copy(step.copies)
         embeddings = [self._embeddings(chunk.sequence) for chunk in step.chunks]
         logits = self.runner.run(step.chunks, embeddings)
-        wanting = [chunk.sequence for chunk in step.chunks if chunk.wants_logits]
+        wanting = [chunk for chunk in step.chunks if chunk.wants_logits]
         self.runner.copy(self.scheduler.advance(step))
         after_language = time.perf_counter()
         tokens = sample_tokens(logits, wanting, self.eos_ids)
         finished = [
-            end
-            for sequence, token in zip(wanting, tokens, strict=True)
-            if (end := self._append(sequence, token))
+            end for chunk, new in zip(wanting, tokens, strict=True) if (end := self._extend(chunk, new))
         ]
         self.counters.sample_s += time.perf_counter() - after_language
         self.counters.language_s += after_language - start
-        self._count(step, len(tokens))
+        self.counters.steps += 1
+        self.counters.computed_tokens += sum(chunk.num_rows for chunk in step.chunks)
+        self.counters.sequence_steps += len(wanting)
         return finished
 
-    def _count(self, step: Step, num_sampled: int) -> None:
-        self.counters.steps += 1
-        self.counters.computed_tokens += sum(chunk.num_tokens for chunk in step.chunks)
-        self.counters.new_tokens += num_sampled
+    # Drafts
+
+    def _usable(self, draft: tuple[int, ...]) -> tuple[int, ...]:
+        """The draft up to its first token that is none of the model's."""
+        size = self.model.config.decoder.vocab_size
+        bad = next((place for place, token in enumerate(draft) if not 0 <= token < size), len(draft))
+        return draft[:bad] if self.limits.max_draft else ()
+
+    def _add_drafts(self, step: Step) -> None:
+        """Give the chunks that end at a sequence's newest token as much of its draft to verify as pays."""
+        chunks = step.chunks
+        room = [self._draft_room(chunk) for chunk in chunks]
+        if not any(room) or not self._knows_step_cost():
+            return
+        lengths = self.speculator.plan(chunks, room, self.limits.max_batch_tokens)
+        for i, length in enumerate(lengths):
+            draft = chunks[i].sequence.draft
+            if length and draft is not None:
+                chunks[i] = self.scheduler.with_draft(chunks[i], draft.ahead(length))
+
+    def _draft_room(self, chunk: Chunk) -> int:
+        """The most drafted tokens that the chunk can take: one token more always follows them."""
+        sequence = chunk.sequence
+        if sequence.draft is None or not chunk.wants_logits:
+            return 0
+        left = min(
+            sequence.request.sampling.max_new_tokens - sequence.num_new_tokens,
+            self.max_total_tokens() - len(sequence.tokens),
+        )
+        room = min(left - 1, self.limits.max_draft, self.scheduler.room_ahead(chunk))
+        return len(sequence.draft.ahead(max(room, 0)))
+
+    def _knows_step_cost(self) -> bool:
+        """Measure it now if it is not known and a block is free to do so; False if none is."""
+        pool = self.scheduler.pool
+        if self.speculator.cost is not None:
+            return True
+        if not pool.num_free:
+            return False
+        start = time.perf_counter()
+        [block] = pool.allocate(1)
+        context = min(_PROBE_CONTEXT, self.max_total_tokens())
+        self.speculator.cost = measure_step_cost(
+            lambda rows: self.runner.probe(rows, block, context),
+            self.limits.max_batch_tokens,
+            on_cpu=self.runner.device.type == "cpu",
+        )
+        pool.release([block])
+        self.counters.probe_s += time.perf_counter() - start
+        return True
 
     # Images
 
@@ -204,6 +262,23 @@ class Engine:
             del self._encoded[key]
 
     # Tokens
+
+    def _extend(self, chunk: Chunk, tokens: list[int]) -> Finished | None:
+        """Add the tokens that a chunk brought; returns the end of the sequence if one of them was it."""
+        sequence = chunk.sequence
+        finished = None
+        num_added = 0
+        while finished is None and num_added < len(tokens):
+            finished = self._append(sequence, tokens[num_added])
+            num_added += 1
+        num_right = min(num_added, len(tokens) - 1)
+        self.counters.new_tokens += num_added
+        self.counters.drafted_tokens += len(chunk.draft)
+        self.counters.accepted_tokens += num_right
+        if finished is None:
+            sequence.num_computed += num_right
+            self.speculator.learn(sequence, len(chunk.draft), num_right, num_added)
+        return finished
 
     def _append(self, sequence: Sequence, token: int) -> Finished | None:
         """Add a sampled token; the end of the sequence if this was it."""

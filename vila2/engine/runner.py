@@ -68,19 +68,36 @@ class ModelRunner:
     def run(self, chunks: list[Chunk], embeddings: list[list[Tensor]]) -> Tensor:
         """Compute the chunks. `embeddings[i]` holds the visual tokens of each image of chunk i.
 
-        Returns the logits (n, vocabulary) after each chunk that wants them, in order.
+        Returns the logits (n, vocabulary) after the last `num_logits` rows of each chunk, in order.
         """
         hidden = self._embed(chunks, embeddings)
         hidden = self.model.decoder(hidden, self._attend(chunks))
-        ends = np.cumsum([chunk.num_tokens for chunk in chunks]) - 1
-        rows = [int(end) for end, chunk in zip(ends, chunks, strict=True) if chunk.wants_logits]
+        ends = np.cumsum([chunk.num_rows for chunk in chunks]).tolist()
+        rows = [
+            row for end, chunk in zip(ends, chunks, strict=True) for row in range(end - chunk.num_logits, end)
+        ]
         return self.model.decoder.logits(hidden[rows]).float()
+
+    @torch.inference_mode()
+    def probe(self, rows: int, block: int, context: int) -> None:
+        """Compute a decode step of `rows` sequences of `context` tokens and wait for it; overwrites `block` alone."""
+        hidden = self.model.decoder.embed(torch.zeros(rows, dtype=torch.int64, device=self.device))
+        lines = np.arange(rows, dtype=np.int64)
+        attend = self._paged(
+            positions=np.full(rows, context - 1, dtype=np.int64),
+            slots=block * self.block_size + lines % self.block_size,
+            tables=np.full((rows, -(-context // self.block_size)), block, dtype=np.int32),
+            starts=np.arange(rows + 1, dtype=np.int32),
+            contexts=np.full(rows, context, dtype=np.int32),
+        )
+        self.model.decoder.logits(self.model.decoder(hidden, attend)).argmax(-1).tolist()
 
     def _embed(self, chunks: list[Chunk], embeddings: list[list[Tensor]]) -> Tensor:
         ids: list[int] = []
         for chunk in chunks:
             start = chunk.sequence.num_computed
             ids += chunk.sequence.tokens[start : start + chunk.num_tokens]
+            ids += chunk.draft
         token_ids = torch.tensor(ids, dtype=torch.int64, device=self.device)
         hidden = self.model.decoder.embed(token_ids.clamp_min(0))
         row = 0
@@ -92,11 +109,11 @@ class ModelRunner:
                 if first < last:
                     source = visual[span.image][span.offset + first - span.start :][: last - first]
                     hidden[row + first - begin : row + last - begin] = source
-            row += chunk.num_tokens
+            row += chunk.num_rows
         return hidden
 
     def _attend(self, chunks: list[Chunk]) -> PagedAttend:
-        counts = [chunk.num_tokens for chunk in chunks]
+        counts = [chunk.num_rows for chunk in chunks]
         starts = np.zeros(len(chunks) + 1, dtype=np.int32)
         np.cumsum(counts, out=starts[1:])
         tables = np.zeros((len(chunks), max(len(chunk.sequence.blocks) for chunk in chunks)), dtype=np.int32)
@@ -106,13 +123,22 @@ class ModelRunner:
         for i, chunk in enumerate(chunks):
             blocks, begin = chunk.sequence.blocks, chunk.sequence.num_computed
             tables[i, : len(blocks)] = blocks
-            contexts[i] = begin + chunk.num_tokens
+            contexts[i] = begin + chunk.num_rows
             here = np.arange(begin, contexts[i])
             positions[starts[i] : starts[i + 1]] = here
             slots[starts[i] : starts[i + 1]] = (
                 tables[i, here // self.block_size].astype(np.int64) * self.block_size + here % self.block_size
             )
+        return self._paged(positions, slots, tables, starts, contexts)
 
+    def _paged(
+        self,
+        positions: NDArray[Any],
+        slots: NDArray[Any],
+        tables: NDArray[Any],
+        starts: NDArray[Any],
+        contexts: NDArray[Any],
+    ) -> PagedAttend:
         def tensor(array: NDArray[Any]) -> Tensor:
             return torch.from_numpy(array).to(self.device)
 

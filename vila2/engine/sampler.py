@@ -1,10 +1,16 @@
-"""Logits to tokens. A row's token depends on its logits and its own random number, never on its batch."""
+"""Logits to tokens. A row's token depends on its logits and its own random number, never on its batch.
 
+A random number belongs to a place of a sequence, so a drafted token is verified by drawing what plain decoding would
+draw there: output is the same with and without a draft, sampled or greedy.
+"""
+
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor
 
+from vila2.engine.scheduler import Chunk
 from vila2.engine.sequence import Sequence
 
 _MASK = (1 << 64) - 1
@@ -19,22 +25,48 @@ def uniform(key: int, step: int) -> float:
     return float(((state ^ (state >> 31)) >> 11) / (1 << 53))
 
 
-def sample_tokens(logits: Tensor, sequences: Seq[Sequence], eos_ids: frozenset[int]) -> list[int]:
-    """The next token of each sequence from its row of `logits` (sequences, vocabulary), which may be changed."""
+def sample_tokens(logits: Tensor, chunks: Seq[Chunk], eos_ids: frozenset[int]) -> list[list[int]]:
+    """The next tokens after each chunk: the start of its draft that the model agrees with, and one more.
+
+    `logits` (sum of the drafts' lengths plus one, vocabulary) may be changed.
+    """
+    counts = [1 + len(chunk.draft) for chunk in chunks]
     ends = sorted(eos_ids)
-    for row, sequence in enumerate(sequences):
-        sampling = sequence.request.sampling
-        if ends and (sampling.ignore_eos or sequence.num_new_tokens < sampling.min_new_tokens):
-            logits[row, ends] = -torch.inf
-    tokens: list[int] = logits.argmax(-1).tolist()
-    for row, sequence in enumerate(sequences):
-        if sequence.request.sampling.temperature > 0:
-            tokens[row] = sample_row(logits[row], sequence)
-    return tokens
+    row = 0
+    for chunk, count in zip(chunks, counts, strict=True):
+        sampling = chunk.sequence.request.sampling
+        early = sampling.min_new_tokens - chunk.sequence.num_new_tokens
+        held_back = count if sampling.ignore_eos else min(max(early, 0), count)
+        if ends and held_back:
+            logits[row : row + held_back, ends] = -torch.inf
+        row += count
+    best: list[int] = logits.argmax(-1).tolist()
+    chosen = []
+    row = 0
+    for chunk, count in zip(chunks, counts, strict=True):
+        rows = range(row, row + count)
+        if chunk.sequence.request.sampling.temperature > 0:
+            tokens = _agreed((sample_row(logits[r], chunk.sequence, r - row) for r in rows), chunk.draft)
+        else:
+            tokens = _agreed((best[r] for r in rows), chunk.draft)
+        chosen.append(tokens)
+        row = rows.stop
+    return chosen
 
 
-def sample_row(logits: Tensor, sequence: Sequence) -> int:
-    """Temperature, then top-k, then top-p (the fewest tokens that reach `top_p`), then one draw.
+def _agreed(tokens: Iterator[int], draft: Seq[int]) -> list[int]:
+    """`tokens` up to the first that is not the draft's, which is still the model's own."""
+    agreed = []
+    for place, token in enumerate(tokens):
+        agreed.append(token)
+        if place == len(draft) or token != draft[place]:
+            break
+    return agreed
+
+
+def sample_row(logits: Tensor, sequence: Sequence, ahead: int = 0) -> int:
+    """The token of `sequence` that comes after `ahead` more: temperature, then top-k, then top-p (the fewest
+    tokens that reach `top_p`), then one draw.
 
     A vocabulary is long and its sort slow, so the likeliest `_HEAD` tokens are tried first: they nearly always
     reach `top_p` by themselves.
@@ -45,23 +77,23 @@ def sample_row(logits: Tensor, sequence: Sequence) -> int:
         values, indices = torch.topk(scaled, _HEAD)
         probabilities = torch.exp(values.double() - torch.logsumexp(scaled.double(), dim=-1))
         if float(probabilities.sum()) >= sampling.top_p:
-            return _draw(probabilities, indices, sequence)
-    return sample_row_reference(logits, sequence)
+            return _draw(probabilities, indices, sequence, ahead)
+    return sample_row_reference(logits, sequence, ahead)
 
 
-def sample_row_reference(logits: Tensor, sequence: Sequence) -> int:
+def sample_row_reference(logits: Tensor, sequence: Sequence, ahead: int = 0) -> int:
     """The same by sorting the whole vocabulary."""
     sampling = sequence.request.sampling
     scaled = logits.float() / sampling.temperature
     count = min(sampling.top_k or len(scaled), len(scaled))
     values, indices = torch.topk(scaled, count)
-    return _draw(torch.softmax(values.double(), dim=-1), indices, sequence)
+    return _draw(torch.softmax(values.double(), dim=-1), indices, sequence, ahead)
 
 
-def _draw(probabilities: Tensor, indices: Tensor, sequence: Sequence) -> int:
+def _draw(probabilities: Tensor, indices: Tensor, sequence: Sequence, ahead: int) -> int:
     """One of `indices`, whose descending `probabilities` reach the sequence's top_p."""
     cumulative = probabilities.cumsum(-1)
     kept = int((cumulative - probabilities < sequence.request.sampling.top_p).sum())
-    target = uniform(sequence.request.rng_key, sequence.num_new_tokens) * float(cumulative[kept - 1])
+    target = uniform(sequence.request.rng_key, sequence.num_new_tokens + ahead) * float(cumulative[kept - 1])
     choice = int(torch.searchsorted(cumulative[:kept], target, right=True))
     return int(indices[min(choice, kept - 1)])

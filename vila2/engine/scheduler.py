@@ -8,6 +8,7 @@ later. A sequence that fits in the pool alone therefore always finishes (tested 
 
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from vila2.engine.blocks import BlockCopy, BlockPool, PrefixCache
@@ -16,10 +17,20 @@ from vila2.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The next `num_tokens` tokens of a sequence, from `sequence.num_computed` on."""
+    """The next `num_tokens` tokens of a sequence, from `sequence.num_computed` on, and a draft of those after."""
 
     sequence: Sequence
     num_tokens: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_tokens + len(self.draft)
+
+    @property
+    def num_logits(self) -> int:
+        """How many of its last rows are followed by a token that somebody wants."""
+        return 1 + len(self.draft) if self.wants_logits else 0
 
     @property
     def wants_logits(self) -> bool:
@@ -164,6 +175,23 @@ class Scheduler:
     def _has_room_after(self, sequence: Sequence, num_shared: int) -> bool:
         own = self.pool.blocks_for(len(sequence.tokens) + 1) - num_shared // self.pool.block_size
         return self.pool.num_free >= own
+
+    def room_ahead(self, chunk: Chunk) -> int:
+        """Tokens that a chunk may take beyond its own: what its blocks hold, and what nobody will miss."""
+        sequence = chunk.sequence
+        own = len(sequence.blocks) * self.pool.block_size - sequence.num_computed - chunk.num_tokens
+        return own + self._num_spare() * self.pool.block_size
+
+    def with_draft(self, chunk: Chunk, draft: Seq[int]) -> Chunk:
+        """The chunk with as much of `draft` as there are blocks for now. Nobody is preempted for a draft."""
+        sequence = chunk.sequence
+        draft = tuple(draft[: self.room_ahead(chunk)])
+        needed = self.pool.blocks_for(sequence.num_computed + chunk.num_tokens + len(draft))
+        sequence.blocks += self.pool.allocate(max(needed - len(sequence.blocks), 0))
+        return Chunk(sequence, chunk.num_tokens, draft)
+
+    def _num_spare(self) -> int:
+        return max(0, self.pool.num_free - len(self.running))  # each may need a block for its next token
 
     def advance(self, step: Step) -> list[BlockCopy]:
         """Record that `step` has run: tokens are computed, promised prefixes stored. Returns copies to make now."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from vila2.engine.draft import Draft
 from vila2.model.images import PreparedImage
 from vila2.types import FinishReason, SamplingParams
 
@@ -29,7 +30,8 @@ class EngineRequest:
 
     `header_length` counts the tokens before the first visual one: they are the same for a whole run and are
     computed once. Requests with one `image_key` have equal tokens up to the end of their last image span, and
-    share the encode and the prefill of it; `num_siblings` says how many will come.
+    share the encode and the prefill of it; `num_siblings` says how many will come. `draft` holds the tokens that
+    will probably be written: they decide how fast the request is served, never what it becomes.
     """
 
     id: int
@@ -41,6 +43,7 @@ class EngineRequest:
     image_key: Hashable = None
     num_siblings: int = 1
     rng_key: int = 0
+    draft: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class Sequence:
     produces: list[Hashable] = field(default_factory=list)  # prefixes that others wait for us to compute
     loop_runs: NDArray[np.int32] | None = None  # see repetition.py
     num_preemptions: int = 0
+    draft: Draft | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -103,4 +107,5 @@ def start_sequence(request: EngineRequest) -> Sequence:
         prefixes.append(PrefixKey(("header", header), request.header_length, 0))
     if request.image_key is not None and request.num_siblings > 1 and image_end <= limit:
         prefixes.append(PrefixKey(("image", header, request.image_key), image_end, request.num_siblings))
-    return Sequence(request, list(request.token_ids), tuple(prefixes))
+    draft = Draft(request.draft) if request.draft else None
+    return Sequence(request, list(request.token_ids), tuple(prefixes), draft=draft)

@@ -126,11 +126,7 @@ def load_checkpoint(
 ) -> LoadedCheckpoint:
     """Load a checkpoint with its weights as `dtype` on `device`; CheckpointError says why it cannot be used."""
     info = inspect_checkpoint(path)
-    tokenizer = load_tokenizer(info.layout.tokenizer_folder)
-    _refuse_larger_vocabulary(tokenizer, info)
-    if info.config.token_newline:
-        tokenizer.add_image_token()
-    tokenizer.add_eos_ids(turn_end_ids(tokenizer))
+    tokenizer = open_tokenizer(info.layout.tokenizer_folder, info.config)
     with torch.device("meta"):
         model = VisionLanguageModel.from_config(info.config)
     model.to(dtype).to_empty(device=device)
@@ -140,14 +136,22 @@ def load_checkpoint(
     return LoadedCheckpoint(model, tokenizer, info.config.image_processor(), info.config, info.digest)
 
 
-def _refuse_larger_vocabulary(tokenizer: Tokenizer, info: CheckpointInfo) -> None:
-    """Added tokens may lie beyond the embeddings (`<image>` has none, and is never looked up); text may not."""
-    rows = info.config.decoder.vocab_size
+def open_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer in `folder` as the model of `config` needs it; CheckpointError if they do not belong together.
+
+    Added tokens may lie beyond the embeddings (`<image>` has none, and is never looked up); text may not.
+    """
+    tokenizer = load_tokenizer(folder)
+    rows = config.decoder.vocab_size
     if tokenizer.text_vocab_size > rows:
         raise CheckpointError(
-            f"{info.path}: the tokenizer has {tokenizer.text_vocab_size} tokens of text, the language model "
+            f"{folder}: the tokenizer has {tokenizer.text_vocab_size} tokens of text, the language model "
             f"embeddings for {rows}: the tokenizer belongs to another model"
         )
+    if config.token_newline:
+        tokenizer.add_image_token()
+    tokenizer.add_eos_ids(turn_end_ids(tokenizer))
+    return tokenizer
 
 
 @torch.no_grad()

@@ -47,9 +47,14 @@ def _cache_key(path: Path) -> str:
     return f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
 
 
-def _cache_path() -> Path:
+def cache_folder() -> Path:
+    """Where this user's caches lie. RuntimeError where there is no home directory."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "vila2-fast" / "digests.json"
+    return Path(base).expanduser() / "vila2-fast"
+
+
+def _cache_path() -> Path:
+    return cache_folder() / "digests.json"
 
 
 def _read_cache() -> dict[str, str]:

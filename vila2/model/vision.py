@@ -36,6 +36,9 @@ HF_RENAMES = (
 _HF_PREFIXES = ("model.", "vision_tower.", "vision_model.")
 _HF_UNUSED = ("embeddings.position_ids", "post_layernorm.", "head.")
 
+# Tiles per pass through the tower: enough for wide matrix products, few enough that activations stay in memory.
+_TILES_PER_PASS = 32
+
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
@@ -149,13 +152,16 @@ class VisionTower(nn.Module):
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers_run))
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """Tiles (N, size, size, 3) to the selected features (N, tokens, width).
+        """Tiles (N, size, size, 3) to the selected features (N, tokens, width), a bounded number at a time.
 
         Tiles hold grey levels 0..255: uint8, or floating point where a model has resampled them.
         """
         size = self.config.image_size
         if tiles.shape[1:] != (size, size, 3):
             raise ValueError(f"tiles must be (N, {size}, {size}, 3), got {tuple(tiles.shape)}")
+        return torch.cat([self._pass(part) for part in torch.split(tiles, _TILES_PER_PASS)])
+
+    def _pass(self, tiles: Tensor) -> Tensor:
         cut = image_patches_reference if tiles.is_floating_point() else image_patches
         dtype = self.position_embedding.dtype
         x = self.patch_embedding(cut(tiles, self.config.patch_size, self.image_mean, self.image_std, dtype))

@@ -14,9 +14,6 @@ from vila2.model.images import ImageProcessor, PreparedImage
 from vila2.model.projector import Projector, ProjectorConfig
 from vila2.model.vision import VisionConfig, VisionTower
 
-# Tiles per pass through the tower: enough for wide matrix products, few enough that activations stay in memory.
-_TILES_PER_PASS = 32
-
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -136,17 +133,13 @@ class VisionLanguageModel(nn.Module):
         elif self.config.image_mode == "dynamic_s2":
             tokens = self._encode_dynamic_s2(tiles, images)
         else:
-            projected = self.projector(self._features(tiles))
+            projected = self.projector(self.vision(tiles))
             tokens = [
                 part.flatten(0, 1) for part in torch.split(projected, [len(image.tiles) for image in images])
             ]
         for image, part in zip(images, tokens, strict=True):
             assert len(part) == image.num_tokens, (len(part), image.num_tokens)
         return tokens
-
-    def _features(self, tiles: Tensor) -> Tensor:
-        """Features of the tower (N, tokens, width), a bounded number of tiles at a time."""
-        return torch.cat([self.vision(part) for part in torch.split(tiles, _TILES_PER_PASS)])
 
     def _s2_features(self, images: Tensor) -> Tensor:
         """Images (N, size, size, 3) of the largest scale to features (N, tokens, width * scales).
@@ -159,7 +152,7 @@ class VisionLanguageModel(nn.Module):
         for scale in config.s2_scales:
             count = math.ceil(scale / split)
             pixels = _bicubic(_bicubic(images, scale), count * split)
-            stitched = stitch(self._features(_cut(pixels, count)), (count, count))
+            stitched = stitch(self.vision(_cut(pixels, count)), (count, count))
             side = s2_feature_side(scale, split, config.vision.num_tokens)
             grids.append(_area(stitched, (side, side)))
         shape = (grids[config.s2_resize_output_to_scale_idx].shape[1],) * 2
@@ -167,7 +160,7 @@ class VisionLanguageModel(nn.Module):
 
     def _encode_dynamic_s2(self, tiles: Tensor, images: Sequence[PreparedImage]) -> list[Tensor]:
         """NVILA: stitch each scale, join the scales' channels, cut into tiles again, project, stitch."""
-        features = torch.split(self._features(tiles), [len(image.tiles) for image in images])
+        features = torch.split(self.vision(tiles), [len(image.tiles) for image in images])
         joined, grids = zip(
             *(self._join_scales(part, image.grid) for part, image in zip(features, images, strict=True)),
             strict=True,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vila2.ops.native import native
+from vila2.ops.quant import PackedBytes, byte_linear
 
 if TYPE_CHECKING:
     from vila2._C import PackedWeights
@@ -35,6 +36,34 @@ def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "PackedWeig
     )
 
 
+def packed_parts(weights: "PackedWeights") -> tuple[Tensor, Tensor | None]:
+    """Copies of the packed panels, as bytes, and of the padded bias: what `packed_from` takes.
+
+    Their layout is that of this machine's instruction set; `panel_layout` names it.
+    """
+    panels = torch.empty(weights.bytes, dtype=torch.uint8)
+    bias = torch.empty(weights.padded_columns) if weights.has_bias else None
+    weights.copy_to(panels, bias)
+    return panels, bias
+
+
+def packed_from(
+    panels: Tensor, bias: Tensor | None, columns: int, depth: int, storage: str
+) -> "PackedWeights":
+    """Packed weights over the tensors of `packed_parts`, used where they lie (a mapped file, say).
+
+    ValueError if their sizes are not those of `columns` and `depth` in this machine's layout.
+    """
+    if native is None:
+        raise ValueError("packed weights need vila2._C, which is not built")
+    return native.PackedWeights.over(panels, bias, columns, depth, storage)
+
+
+def panel_layout(dtype: torch.dtype) -> str:
+    """The name of the layout in which this machine packs weights stored as `dtype`."""
+    return f"{_STORAGE[dtype]}-panels-{native.panel_width()}"
+
+
 def linear(x: Tensor, weights: "PackedWeights") -> Tensor:
     """`x @ weight.T + bias` with float32 sums, rounded to `x.dtype`: x (..., in) on the CPU to (..., out).
 
@@ -55,21 +84,30 @@ def linear(x: Tensor, weights: "PackedWeights") -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that `pack_linears` can switch to packed weights; until then it is `nn.Linear`."""
+    """`nn.Linear` that can be switched to packed weights (see `set_packed`); until then it is `nn.Linear`."""
 
-    packed: "PackedWeights | None" = None
+    packed: "PackedWeights | PackedBytes | None" = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
             return functional.linear(x, self.weight, self.bias)
+        if isinstance(self.packed, PackedBytes):
+            return byte_linear(x, self.packed)
         return linear(x, self.packed)
+
+    def set_packed(self, packed: "PackedWeights | PackedBytes") -> None:
+        """Multiply with `packed` from now on. `weight` and `bias` become None, which frees their memory unless
+        something else (a tied embedding) holds it.
+        """
+        self.packed = packed
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
 
 
 def pack_linears(module: Module, dtype: torch.dtype) -> Module:
     """Turn each `Linear` inside `module` into its packed form for CPU inference, in place; returns `module`.
 
-    Weights are stored as `dtype` (float32 or bfloat16), summed in float32. `weight` and `bias` become None, which
-    frees their memory unless something else (a tied embedding) holds it. Without `_C` nothing is packed, and the
+    Weights are stored as `dtype` (float32 or bfloat16), summed in float32. Without `_C` nothing is packed, and the
     weights are only rounded to `dtype`.
     """
     if dtype not in _STORAGE:
@@ -81,7 +119,5 @@ def pack_linears(module: Module, dtype: torch.dtype) -> Module:
             child.weight.data = child.weight.data.to(dtype).float()
             child.bias = None if child.bias is None else nn.Parameter(child.bias.data.float())
         else:
-            child.packed = pack(child.weight, child.bias, dtype)
-            child.register_parameter("weight", None)
-            child.register_parameter("bias", None)
+            child.set_packed(pack(child.weight, child.bias, dtype))
     return module

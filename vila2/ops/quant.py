@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from vila2.ops.activations import gelu_reference, silu_mul_reference
 from vila2.ops.native import native
+from vila2.ops.norms import add_rms_norm, layer_norm
 
 if TYPE_CHECKING:
     from vila2._C import ByteWeights
@@ -197,19 +198,45 @@ def byte_linear(
 ) -> Tensor:
     """The same by `_C`: `x` (..., depth) float32 on the CPU."""
     handle = weights.native
-    if handle is None:
+    if handle is None or (weights.is_gated and finish != "silu_mul"):  # the kernel leaves columns as packed
         return byte_linear_reference(x, weights, finish, residual)
-    _check_inference(x)
     x = x.contiguous()
     y = _room(x, weights, finish)
     handle.multiply(x, y, finish, None if residual is None else residual.contiguous())
     return y
 
 
+def add_rms_norm_byte_linear(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weights: PackedBytes, finish: str = "none"
+) -> tuple[Tensor, Tensor]:
+    """`(byte_linear(rms_norm(x + residual)), x + residual)`; consumes `residual`."""
+    handle = weights.native
+    if handle is None:
+        normed, residual = add_rms_norm(x, residual, norm_weight, eps)
+        return byte_linear(normed, weights, finish), residual
+    x, residual = x.contiguous(), residual.contiguous()
+    y = _room(x, weights, finish)
+    handle.multiply_rms_norm(x, residual, norm_weight, eps, y, finish)
+    return y, residual
+
+
+def layer_norm_byte_linear(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weights: PackedBytes, finish: str = "none"
+) -> Tensor:
+    """`byte_linear(layer_norm(x))`."""
+    handle = weights.native
+    if handle is None:
+        return byte_linear(layer_norm(x, norm_weight, norm_bias, eps), weights, finish)
+    x = x.contiguous()
+    y = _room(x, weights, finish)
+    handle.multiply_layer_norm(x, norm_weight, norm_bias, eps, y, finish)
+    return y
+
+
 def _room(x: Tensor, weights: PackedBytes, finish: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weights.columns // 2 if finish == "silu_mul" else weights.columns)
-
-
-def _check_inference(x: Tensor) -> None:
+    """An empty result for `finish` of `x`; ValueError where there can be none."""
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("quantised weights give no gradient: they are for inference only")
+    if finish == "silu_mul" and not weights.is_gated:
+        raise ValueError("silu_mul needs weights that were packed gated")
+    return x.new_empty(*x.shape[:-1], weights.columns // 2 if finish == "silu_mul" else weights.columns)

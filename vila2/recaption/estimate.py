@@ -12,6 +12,7 @@ from typing import Any
 from vila2.backends import open_captioner
 from vila2.config import RecaptionSettings
 from vila2.data.done import DoneSet
+from vila2.recaption.drafts import open_drafts, with_drafts
 from vila2.recaption.exchange import Exchange, Outcome
 from vila2.recaption.feed import Feed
 from vila2.recaption.output import open_samples
@@ -49,12 +50,13 @@ def estimate(settings: RecaptionSettings, *, open_model: OpenModel = open_captio
     plan = Plan(source, settings, prompts.names, DoneSet.load(Path(settings.out).expanduser()))
     if not plan.num_pending:
         return Estimate(plan.num_samples, 0, len(prompts.names), 0, 0.0, 0, 0.0, 0.0, 0.0, 0)
+    drafts = open_drafts(settings, prompts)
     outcomes: list[Outcome] = []
     captioner = open_model(settings)
     try:
         start = time.monotonic()
         feed = Feed(
-            islice(plan.jobs(), PROBE_IMAGES),
+            with_drafts(islice(plan.jobs(), PROBE_IMAGES), drafts),
             make_loader(captioner, settings),
             workers=settings.decode_workers or default_decode_workers(),
         )

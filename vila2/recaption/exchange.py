@@ -123,7 +123,7 @@ class Exchange:
                 error=error_of(caption) if failed else None,
                 finish_reason=FinishReason.ERROR if failed else caption.finish_reason,
                 num_prompt_tokens=caption.num_prompt_tokens,
-                num_tokens=len(caption.token_ids),
+                num_tokens=caption.num_tokens,
             )
         )
 
@@ -167,6 +167,7 @@ class Exchange:
             image_key=key,
             num_siblings=num_siblings,
             rng_key=stable_hash(self._settings.seed, "sample", sample.shard, sample.index, name, attempt),
+            draft=loaded.job.drafts.get(name, ""),
         )
         self._next_id += 1
         self._pending[request.id] = _Pending(loaded, name, request, attempt)

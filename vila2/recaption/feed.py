@@ -7,8 +7,8 @@ stays flat whatever the source holds. An exception in any thread is raised, as i
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from vila2.types import Sample, SampleError
@@ -18,10 +18,11 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A sample and the prompts that it still lacks a caption for."""
+    """A sample, the prompts that it still lacks a caption for, and drafts of some of those captions."""
 
     sample: Sample
     prompts: tuple[str, ...]
+    drafts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

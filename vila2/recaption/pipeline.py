@@ -11,12 +11,13 @@ from collections.abc import Callable
 from vila2.backends import Captioner, open_captioner
 from vila2.config import RecaptionSettings
 from vila2.errors import OutputError
+from vila2.recaption.drafts import Drafts, open_drafts, with_drafts
 from vila2.recaption.exchange import Exchange, Outcome
 from vila2.recaption.feed import Feed
 from vila2.recaption.interrupt import Interrupts
 from vila2.recaption.output import Output, discard_index, open_samples
 from vila2.recaption.prompts import PromptSet, choose_prompts
-from vila2.recaption.stats import Progress, RunSummary, Stages, rates_of
+from vila2.recaption.stats import DraftUse, Progress, RunSummary, Stages, rates_of
 from vila2.recaption.work import Plan, default_decode_workers, make_loader
 
 OBSERVE_EVERY_S = 0.1
@@ -44,11 +45,14 @@ def run(
     try:
         with stages("list_source"):
             source = open_samples(settings)
+            drafts = open_drafts(settings, prompts)
         with stages("load_model"):
             captioner = open_model(settings)
         with Output(settings, source, captioner, prompts) as output:
             plan = Plan(source, settings, prompts.names, output.done, output.redo)
-            one = _Run(settings, captioner, prompts, output, stages, observe, interrupts or Interrupts())
+            one = _Run(
+                settings, captioner, prompts, drafts, output, stages, observe, interrupts or Interrupts()
+            )
             return one.execute(plan)
     except BaseException:
         discard_index(settings)
@@ -66,6 +70,7 @@ class _Run:
         settings: RecaptionSettings,
         captioner: Captioner,
         prompts: PromptSet,
+        drafts: Drafts | None,
         output: Output,
         stages: Stages,
         observe: Observe | None,
@@ -73,7 +78,7 @@ class _Run:
     ) -> None:
         self.settings, self.captioner, self.output = settings, captioner, output
         self.stages, self.observe, self.interrupts = stages, observe, interrupts
-        self.prompts = prompts
+        self.prompts, self.drafts = prompts, drafts
         self.start = self.committed = self.observed = time.monotonic()
 
     def execute(self, plan: Plan) -> RunSummary:
@@ -81,7 +86,7 @@ class _Run:
         self.plan = plan
         self.start = self.committed = time.monotonic()
         self.feed = Feed(
-            plan.jobs(),
+            with_drafts(plan.jobs(), self.drafts),
             make_loader(self.captioner, self.settings),
             workers=self.settings.decode_workers or default_decode_workers(),
         )
@@ -147,6 +152,7 @@ class _Run:
             waiting_model=self.feed.num_ready,
             in_model=self.exchange.num_in_flight,
             bottleneck=self._bottleneck(),
+            drafts=DraftUse.of(self.captioner.stats()),
         )
 
     def _bottleneck(self) -> str:
@@ -190,6 +196,7 @@ class _Run:
             status=dict(tally.status),
             error_kind=dict(tally.error_kind),
             rates=rates_of(tally),
+            drafts=DraftUse.of(stats),
             stage_s=dict(self.stages.seconds),
             captioner={name: value for name, value in stats.items() if not name.endswith("_s")},
         )

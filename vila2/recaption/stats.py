@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ class Tally:
 
     def attempt(self, caption: Caption) -> None:
         """Count one answer of the captioner, kept or not."""
-        self.tokens += len(caption.token_ids)
+        self.tokens += caption.num_tokens
         self.prompt_tokens += caption.num_prompt_tokens
         self.length_stops += caption.finish_reason is FinishReason.LENGTH
         self.loops += caption.finish_reason is FinishReason.REPETITION
@@ -48,6 +49,25 @@ class Tally:
     def captions(self) -> int:
         """Rows that hold a caption."""
         return self.rows - self.errors
+
+
+@dataclass(frozen=True, slots=True)
+class DraftUse:
+    """What drafts were worth: tokens verified, how many of them were right, and new tokens a step and sequence."""
+
+    drafted: int = 0
+    accepted: int = 0
+    tokens_per_step: float = 1.0
+
+    @classmethod
+    def of(cls, stats: Mapping[str, float]) -> "DraftUse":
+        """From a captioner's counters, of which those of other backends have none."""
+        steps, tokens = stats.get("sequence_steps", 0), stats.get("new_tokens", 0)
+        return cls(
+            int(stats.get("drafted_tokens", 0)),
+            int(stats.get("accepted_tokens", 0)),
+            round(tokens / steps, 3) if steps else 1.0,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +96,7 @@ class RunSummary:
     status: dict[str, int]
     error_kind: dict[str, int]
     rates: dict[str, float]
+    drafts: DraftUse
     stage_s: dict[str, float]  # decode_images is summed over its threads, the rest is wall time
     captioner: dict[str, float]
 
@@ -97,6 +118,7 @@ class Progress:
     waiting_model: int
     in_model: int
     bottleneck: str  # starting, reading, decode, vision or language
+    drafts: DraftUse = DraftUse()
 
     @property
     def captions_per_s(self) -> float:

@@ -119,4 +119,4 @@ def default_decode_workers() -> int:
 
 def _without_bytes(job: Job) -> Job:
     """The job without the encoded image, so that a sample in flight does not hold its file in memory."""
-    return Job(replace(job.sample, image=None), job.prompts)
+    return replace(job, sample=replace(job.sample, image=None))

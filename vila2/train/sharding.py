@@ -1,22 +1,27 @@
 """Several processes of torchrun as one trainer: who they are, and a model sharded among them by FSDP2.
 
-The model's code knows nothing of this. Blocks are gathered when they are called, everything else when the loss is.
+The model's code knows nothing of this. The tower and each block of the decoder are gathered when they are called,
+everything else when the loss is.
 """
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vila2.errors import UsageError
+from vila2.model.images import PreparedImage
 from vila2.model.vlm import VisionLanguageModel
+from vila2.ops.cross_entropy import IGNORED
+from vila2.train.examples import VISUAL_TOKEN
 from vila2.train.loss import batch_loss
 
 if TYPE_CHECKING:
@@ -85,38 +90,43 @@ def joined(device: str) -> Iterator[Processes]:
 class LossOf(nn.Module):
     """A model's loss as the forward of a module, which is what FSDP hooks on to.
 
-    All processes must call the same blocks: where sharded, a batch without rows or images gets ones that count
-    nothing.
+    Sharded, all processes must call the same parts in the same order, so a batch without images gets one there.
     """
 
     def __init__(self, model: VisionLanguageModel, device: torch.device, sharded: bool) -> None:
         super().__init__()
         self.model, self.device, self.sharded = model, device, sharded
+        self._blank: PreparedImage | None = None
 
     def forward(self, batch: "PackedBatch") -> Tensor:
         """The summed loss of the batch."""
-        if not self.sharded:
-            return batch_loss(self.model, batch, self.device)[0]
-        loss = batch_loss(self.model, batch if len(batch.token_ids) else _one_row(batch), self.device)[0]
-        if batch.images:
-            return loss
-        config = self.model.config
-        blank = np.zeros((config.image_size, config.image_size, 3), dtype=np.uint8)
-        image = config.image_processor().prepare(blank, 1)
-        return loss + 0.0 * self.model.encode_images([image])[0].sum()
+        if self.sharded and not batch.images:
+            batch = _with_image(batch, self._blank_image())
+        return batch_loss(self.model, batch, self.device)[0]
+
+    def _blank_image(self) -> PreparedImage:
+        if self._blank is None:
+            config = self.model.config
+            pixels = np.zeros((config.image_size, config.image_size, 3), dtype=np.uint8)
+            self._blank = config.image_processor().prepare(pixels, 1)
+        return self._blank
 
 
-def _one_row(batch: "PackedBatch") -> "PackedBatch":
-    """A batch of one token and no label, in the place of an empty one."""
-    return type(batch)(
-        token_ids=np.zeros(1, dtype=np.int64),
-        labels=np.full(1, -100, dtype=np.int64),
-        positions=np.zeros(1, dtype=np.int64),
-        segments=np.array([[0, 1, 0, 0]], dtype=np.int64),
-        images=[],
-        visual_rows=np.zeros(0, dtype=np.int64),
-        keys=[],
-        num_labels=0,
+def _with_image(batch: "PackedBatch", image: PreparedImage) -> "PackedBatch":
+    """The batch with an image in a segment of its own, without labels: what it adds to loss and gradients is zero."""
+    end, rows = len(batch.token_ids), image.num_tokens
+
+    def longer(values: NDArray[np.int64], more: ArrayLike) -> NDArray[np.int64]:
+        return np.concatenate((values, np.asarray(more, dtype=np.int64)))
+
+    return replace(
+        batch,
+        token_ids=longer(batch.token_ids, np.full(rows, VISUAL_TOKEN)),
+        labels=longer(batch.labels, np.full(rows, IGNORED)),
+        positions=longer(batch.positions, np.arange(rows)),
+        segments=longer(batch.segments, [[end, end + rows, end, end]]),
+        images=[image],
+        visual_rows=np.arange(end, end + rows),
     )
 
 
@@ -127,7 +137,8 @@ def shard(loss: LossOf, processes: Processes) -> None:
 
     mesh = init_device_mesh(processes.device.type, (processes.world_size,))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for block in (*loss.model.vision.layers, *loss.model.decoder.layers, loss):
+    # The tower is gathered as a whole: how often its layers run depends on a process's images.
+    for block in (loss.model.vision, *loss.model.decoder.layers, loss):
         fully_shard(block, mesh=mesh, mp_policy=policy)
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.checkpoints import write_llava, write_nvila, write_vila15
-from vila2.backends.native import NativeCaptioner, open_checkpoint
-from vila2.engine.engine import Engine, EngineLimits
+from tests.unit.engine.engines import photo, with_limits
+from vila2.backends.native import NativeCaptioner
 from vila2.engine.sequence import EngineRequest
 from vila2.types import Caption, CaptionRequest, FinishReason, RepetitionRule, SamplingParams
 
@@ -24,10 +24,6 @@ def llava(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("llava") / "tiny"
     write_llava(path)
     return path
-
-
-def photo(seed: int, height: int = 37, width: int = 61) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def requests(
@@ -49,15 +45,6 @@ def requests(
 def tokens(captions: list[Caption]) -> dict[int, tuple[int, ...]]:
     assert all(caption.error is None for caption in captions)
     return {caption.id: caption.token_ids for caption in captions}
-
-
-def with_limits(path: Path, **limits: int) -> NativeCaptioner:
-    captioner = open_checkpoint(path, device="cpu", precision="float32", threads=1)
-    engine = captioner.engine
-    captioner.engine = Engine(
-        engine.model, EngineLimits(**limits), engine.eos_ids, engine.decode, torch.float32
-    )
-    return captioner
 
 
 @pytest.mark.parametrize("write", [write_llava, write_vila15, write_nvila])

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from vila2.engine.repetition import find_loop, find_loop_reference, new_runs, update_runs
 from vila2.engine.sampler import sample_row, sample_row_reference, sample_tokens, uniform
+from vila2.engine.scheduler import Chunk
 from vila2.engine.sequence import EngineRequest, Sequence, start_sequence
 from vila2.types import RepetitionRule, SamplingParams
 
@@ -45,11 +46,16 @@ def sequence(**sampling) -> Sequence:
     return start_sequence(EngineRequest(0, (1, 2), sampling=SamplingParams(**sampling), rng_key=rng_key))
 
 
+def next_tokens(logits: torch.Tensor, sequences: list[Sequence], eos: set[int] | None = None) -> list[int]:
+    chunks = [Chunk(one, len(one.tokens)) for one in sequences]
+    return [token for [token] in sample_tokens(logits.clone(), chunks, frozenset(eos or ()))]
+
+
 def test_greedy_takes_the_best_and_minimum_tokens_hold_back_the_end():
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
-    assert sample_tokens(logits.clone(), [sequence()], frozenset({1})) == [1]
-    assert sample_tokens(logits.clone(), [sequence(min_new_tokens=1)], frozenset({1})) == [2]
-    assert sample_tokens(logits.clone(), [sequence(ignore_eos=True)], frozenset({1, 2})) == [3]
+    assert next_tokens(logits, [sequence()], {1}) == [1]
+    assert next_tokens(logits, [sequence(min_new_tokens=1)], {1}) == [2]
+    assert next_tokens(logits, [sequence(ignore_eos=True)], {1, 2}) == [3]
 
 
 def test_sampling_follows_the_distribution_cut_by_top_k_and_top_p():
@@ -57,9 +63,7 @@ def test_sampling_follows_the_distribution_cut_by_top_k_and_top_p():
 
     def frequencies(**sampling) -> np.ndarray:
         draws = [
-            sample_tokens(
-                logits[None].clone(), [sequence(temperature=1.0, rng_key=key, **sampling)], frozenset()
-            )[0]
+            next_tokens(logits[None], [sequence(temperature=1.0, rng_key=key, **sampling)])[0]
             for key in range(4000)
         ]
         return np.bincount(draws, minlength=4) / len(draws)
@@ -75,8 +79,8 @@ def test_a_draw_depends_on_its_key_and_step_and_not_on_the_batch():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 50, generator=generator)
     sequences = [sequence(temperature=1.5, top_p=0.9, rng_key=key) for key in range(5)]
-    together = sample_tokens(logits.clone(), sequences, frozenset())
-    alone = [sample_tokens(logits[i : i + 1].clone(), sequences[i : i + 1], frozenset())[0] for i in range(5)]
+    together = next_tokens(logits, sequences)
+    alone = [next_tokens(logits[i : i + 1], sequences[i : i + 1])[0] for i in range(5)]
     assert together == alone
     assert len({uniform(key, step) for key in range(50) for step in range(50)}) == 2500
     assert abs(np.mean([uniform(7, step) for step in range(10_000)]) - 0.5) < 0.01

@@ -211,7 +211,7 @@ def test_an_image_does_not_depend_on_its_batch(mode: str, monkeypatch: pytest.Mo
     images = prepare(config)
     with torch.inference_mode():
         together = model.encode_images(images)
-        monkeypatch.setattr("vila2.model.vlm._TILES_PER_PASS", 3)
+        monkeypatch.setattr("vila2.model.vision._TILES_PER_PASS", 3)
         in_small_passes = model.encode_images(images)
         for i, image in enumerate(images):
             assert torch.equal(together[i], model.encode_images([image])[0])

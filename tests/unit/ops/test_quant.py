@@ -213,7 +213,7 @@ def test_wrong_calls_are_refused():
         byte_linear(torch.zeros(2, 8, requires_grad=True), weights)
     with pytest.raises(ValueError, match="finish: expected none, add"):
         byte_linear(x, weights, "relu")
-    with pytest.raises(ValueError, match="whole panels"):
+    with pytest.raises(ValueError, match="packed gated"):
         byte_linear(x, weights, "silu_mul")
     with pytest.raises(ValueError, match="residual"):
         byte_linear(x, weights, "add", torch.zeros(2, 23))

@@ -15,7 +15,6 @@ from vila2.model.vlm import VisionLanguageModel
 from vila2.train.lora import adapter_targets, adapters_of, add_adapters, merged, save_adapter
 from vila2.train.recipe import LoraSettings
 
-pytest.importorskip("peft")
 SETTINGS = LoraSettings(rank=4, alpha=8, parts=("decoder",))
 
 

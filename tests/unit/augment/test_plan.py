@@ -1,0 +1,137 @@
+"""The plan is a pure function of the recipe and of what has been decided."""
+
+from typing import Any
+
+import pytest
+
+from tests.unit.augment.kits import SPECIALIST, STAGES, recipe
+from vila2.augment.plan import dependants, find_step, plan, rounds_of, trains_vision
+from vila2.augment.step import Step
+from vila2.errors import UsageError
+
+
+def by_name(steps: list[Step]) -> dict[str, Step]:
+    assert len({step.name for step in steps}) == len(steps)
+    return {step.name: step for step in steps}
+
+
+def gain(saturated: bool, best: int) -> dict[str, Any]:
+    return {"saturated": saturated, "best": best}
+
+
+def test_every_step_comes_after_what_it_needs() -> None:
+    steps = plan(
+        recipe(
+            seeds=[0, 3],
+            oracle={"min_gap": 0.1},
+            control={"kinds": ["steps", "length"]},
+            specialist=[SPECIALIST | {"must_beat": "relation.accuracy"}, SPECIALIST | {"name": "two"}],
+            generalist={"each": True, "onto": "round"},
+        )
+    )
+    known: set[str] = set()
+    for step in steps:
+        assert known.issuperset(step.needs), step.name
+        known.add(step.name)
+    assert {name.split("/")[0] for name in known} == {"source", "seed-0", "seed-3"}
+
+
+def test_rounds_that_saturation_ends_are_gone() -> None:
+    of = recipe(rounds={"max": 3}, seeds=[0])
+    undecided = by_name(plan(of))
+    assert "seed-0/round-3/train" in undecided
+    decided = {"seed-0/round-1/gain": gain(False, 1), "seed-0/round-2/gain": gain(True, 1)}
+    steps = by_name(plan(of, decided))
+    assert "seed-0/round-2/gain" in steps
+    assert "seed-0/round-3/recaption" not in steps
+    assert rounds_of(of, 0, decided).best == 1
+    stage = steps["seed-0/control-steps/train"].settings["stage"][1]
+    assert stage["epochs"] == 2 * 2.0  # as much again as one round
+    assert undecided["seed-0/control-steps/train"].settings["stage"][1]["epochs"] == 4 * 2.0
+
+
+def test_a_round_starts_from_the_base_again_and_reads_its_own_captions() -> None:
+    steps = by_name(plan(recipe()))
+    zero, two = (steps[f"seed-0/round-{k}/train"].settings for k in (0, 2))
+    assert two["base"] == zero["base"] == "base"
+    paths = [settings["stage"][1]["data"][0]["path"] for settings in (zero, two)]
+    assert paths == ["{run}/seed-0/round-0/captions", "{run}/seed-0/round-2/captions"]
+    assert zero["stage"][0] == two["stage"][0]
+    assert zero["stage"][2] == two["stage"][2]
+    model = steps["seed-0/round-2/recaption"].settings["model"]
+    assert model == "{run}/seed-0/round-1/train/03-sft/checkpoint"
+
+
+def test_specialists_start_from_the_best_round_after_its_captions() -> None:
+    of = recipe(rounds={"max": 2}, specialist=[SPECIALIST | {"must_beat": ["relation.accuracy"]}])
+    decided = {"seed-0/round-1/gain": gain(False, 1), "seed-0/round-2/gain": gain(False, 2)}
+    steps = by_name(plan(of, decided))
+    train = steps["seed-0/specialist-spatial/train"].settings
+    assert train["base"] == "{run}/seed-0/round-2/train/02-pretrain/checkpoint"
+    assert [stage["name"] for stage in train["stage"]] == ["tune"]
+    asked = steps["seed-0/specialist-spatial/recaption"]
+    assert "seed-0/specialist-spatial/check" in asked.needs
+    assert asked.settings["model"] == "{run}/seed-0/specialist-spatial/train/01-tune/checkpoint"
+    final = steps["seed-0/vila2/train"].settings
+    assert final["base"] == "base"
+    assert final["stage"][1]["data"][0]["path"] == "{run}/seed-0/vila2/captions"
+    assert "onto" not in steps["seed-0/vila2/captions"].settings
+
+
+def test_the_oracle_is_asked_before_any_round() -> None:
+    names = [step.name for step in plan(recipe(oracle={"min_gap": 0.1}))]
+    assert names.index("seed-0/oracle/gap") < names.index("seed-0/round-1/recaption")
+
+
+def test_real_images_get_a_second_caption_where_no_truth_is_known() -> None:
+    steps = by_name(plan(recipe(source={"path": "images"})))
+    again = steps["seed-0/round-1/again"].settings
+    assert again["temperature"] > 0
+    assert again["limit"] == 1000
+    assert "seed-0/round-1/again" in steps["seed-0/round-1/gate"].needs
+    none = recipe(source={"path": "images"}, gates={"hallucination_rise": None})
+    assert "seed-0/round-1/again" not in by_name(plan(none))
+
+
+def test_settings_that_change_nothing_are_no_part_of_a_key() -> None:
+    slow = [{**stage, "log_every": 5, "save_minutes": 1.0} for stage in STAGES]
+    one = by_name(plan(recipe()))
+    two = by_name(plan(recipe(threads=1, train={"base": "base", "stage": slow}, recaption={"batch_size": 3})))
+    three = by_name(plan(recipe(recaption={"max_new_tokens": 9})))
+    for name in ("seed-0/round-1/train", "seed-0/round-1/recaption"):
+        digests = dict.fromkeys(one[name].needs, "d")
+        assert one[name].key(digests) == two[name].key(digests)
+    name = "seed-0/round-1/recaption"
+    assert one[name].key(dict.fromkeys(one[name].needs, "d")) != three[name].key(
+        dict.fromkeys(three[name].needs, "d")
+    )
+
+
+def test_a_key_follows_inputs() -> None:
+    step = Step("s", "gate", {"a": 1}, ("x",))
+    assert step.key({"x": "1"}) == step.key({"x": "1", "other": "2"})
+    assert step.key({"x": "1"}) != step.key({"x": "2"})
+
+
+def test_steps_are_found_by_name_by_folder_and_over_seeds() -> None:
+    steps = plan(recipe(seeds=[0, 1]))
+    assert find_step(steps, "seed-1/round-0/train", "--until") == ["seed-1/round-0/train"]
+    assert find_step(steps, "round-0/train", "--until") == ["seed-0/round-0/train", "seed-1/round-0/train"]
+    assert "seed-0/round-1/gain" in find_step(steps, "round-1", "--until")
+    with pytest.raises(UsageError, match=r"--until 'round-9'.*round-1/train"):
+        find_step(steps, "round-9", "--until")
+
+
+def test_dependants_are_all_that_follow() -> None:
+    steps = plan(recipe(rounds={"max": 2}))
+    found = dependants(steps, ["seed-0/round-1/train"])
+    assert "seed-0/round-2/recaption" in found
+    assert "seed-0/round-1/recaption" not in found
+    assert "seed-0/round-0/evaluate" not in found
+
+
+def test_whether_a_specialist_sees_with_other_eyes() -> None:
+    of = recipe(specialist=[SPECIALIST])
+    assert not trains_vision(of.specialist[0])
+    stage = SPECIALIST["stage"][0] | {"train": ["projector", "decoder"]}
+    assert trains_vision(recipe(specialist=[SPECIALIST | {"stage": [stage]}]).specialist[0])

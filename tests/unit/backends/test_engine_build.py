@@ -1,0 +1,267 @@
+"""Engine directories: built whole or not at all, run from mapped files, refused when they are not what is asked."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests.checkpoints import write_llava, write_nvila, write_vila15
+from vila2.backends import engine_build
+from vila2.backends.api import load
+from vila2.backends.engine_build import Calibration, QualityError, build_engine
+from vila2.backends.engine_dir import ENGINE_FILE, WEIGHTS_FILE, read_engine
+from vila2.errors import CheckpointError, OutputError, UsageError
+from vila2.ops.native import native
+from vila2.ops.quant import HAS_KERNELS
+
+pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="vila2._C is not built, or without these kernels")
+
+WRITERS = {"vila1.5": write_vila15, "nvila": write_nvila, "llava": write_llava}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "vila2-fast"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llava(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def pictures(count: int, seed: int = 0) -> list[NDArray[np.uint8]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (60 + 9 * i, 80, 3), dtype=np.uint8) for i in range(count)]
+
+
+def captions_of(path: Path, **options: str) -> list[tuple[int, ...]]:
+    with load(path, device="cpu", threads=1, **options) as model:  # type: ignore[arg-type]
+        return [caption.token_ids for caption in model.caption(pictures(3), max_new_tokens=12)]
+
+
+def beside(out: Path) -> list[str]:
+    """What lies in the folder of an engine, but for the checkpoint."""
+    return sorted(path.name for path in out.parent.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16", "float32"])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_an_engine_captions_as_its_checkpoint_does(kind, precision, tmp_path):
+    source = WRITERS[kind](tmp_path / "model")
+    out = tmp_path / "engines" / "tiny"
+    record = build_engine(source, out, precision, threads=1)
+    assert beside(out) == ["tiny"]
+    assert record == read_engine(out)
+    expected = captions_of(source, precision=precision)
+    shutil.rmtree(source)  # the engine is whole without it
+    assert captions_of(out) == expected
+    assert captions_of(out, precision=precision) == expected
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_weights_are_mapped_and_aligned(checkpoint, precision, tmp_path):
+    out = tmp_path / "engine"
+    build_engine(checkpoint, out, precision, threads=1)
+    with load(out, threads=1) as model:
+        maps = Path("/proc/self/maps")
+        if not maps.exists():
+            pytest.skip("no /proc here")
+        lines = [line for line in maps.read_text().splitlines() if line.endswith(f"/engine/{WEIGHTS_FILE}")]
+        spans = [tuple(int(end, 16) for end in line.split()[0].split("-")) for line in lines]
+        assert spans
+        parameters = list(model.captioner.checkpoint.model.parameters())
+        for module in model.captioner.checkpoint.model.modules():
+            packed = getattr(module, "packed", None)
+            if precision == "int8" and hasattr(packed, "panels"):
+                parameters += [packed.panels, packed.scales, packed.sums]
+                assert packed.panels.data_ptr() % 64 == 0
+        for tensor in parameters:
+            assert any(low <= tensor.data_ptr() < high for low, high in spans), tensor.shape
+
+
+def test_what_is_there_already_is_left_alone(checkpoint, tmp_path):
+    out = tmp_path / "engine"
+    build_engine(checkpoint, out, "int8", threads=1)
+    before = (out / WEIGHTS_FILE).stat()
+    stages: list[str] = []
+    build_engine(checkpoint, out, "int8", threads=1, observe=stages.append)
+    assert (out / WEIGHTS_FILE).stat().st_ino == before.st_ino
+    assert "packing" not in stages
+    build_engine(checkpoint, out, "bf16", threads=1)  # another engine in its place, as a whole
+    assert read_engine(out).precision == "bf16"
+    assert beside(out) == ["engine"]
+
+
+def test_builders_of_one_directory_wait_for_one_another(checkpoint, tmp_path):
+    out = tmp_path / "engine"
+    stages: list[list[str]] = [[] for _ in range(3)]
+    builders = [
+        threading.Thread(target=build_engine, args=(checkpoint, out, "int8"), kwargs={"observe": seen.append})
+        for seen in stages
+    ]
+    for builder in builders:
+        builder.start()
+    for builder in builders:
+        builder.join()
+    assert sum("packing" in seen for seen in stages) == 1
+    assert read_engine(out).precision == "int8"
+    assert beside(out) == ["engine"]
+
+
+def test_a_build_that_dies_leaves_no_engine_and_the_next_one_cleans_up(checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "engine"
+
+    def no_room(model: object, file: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_build, "save_packed", no_room)
+        with pytest.raises(OutputError, match=r"cannot write the engine .*No space left"):
+            build_engine(checkpoint, out, "int8", threads=1)
+    assert beside(out) == []
+    (tmp_path / ".engine.999.building").mkdir()  # of a process that was killed
+    build_engine(checkpoint, out, "int8", threads=1)
+    assert beside(out) == ["engine"]
+
+
+def test_a_folder_that_is_no_engine_is_not_touched(checkpoint, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
+    with pytest.raises(OutputError, match="exists and is no engine directory"):
+        build_engine(checkpoint, tmp_path / "photos", "int8")
+    assert beside(tmp_path / "photos") == ["photos"]
+
+
+def test_the_quality_check_measures_scores_and_refuses(checkpoint, tmp_path):
+    out = tmp_path / "engine"
+    seen: list[int] = []
+
+    def score(reference: list[str], ours: list[str]) -> dict[str, float]:
+        seen.append(len(reference))
+        return {"equal_texts": sum(a == b for a, b in zip(reference, ours, strict=True)) / len(ours)}
+
+    calibration = Calibration("noise", pictures(3), "What is it?", 10, score, max_kl=None, min_agreement=None)
+    quality = build_engine(checkpoint, out, "int8", threads=1, calibration=calibration).quality
+    assert quality is not None
+    assert json.loads((out / ENGINE_FILE).read_text())["quality"] == quality
+    assert quality["calibration"] == "noise"
+    assert quality["images"] == 3
+    assert quality["tokens"] >= 3
+    assert 0 < quality["next_token_kl"] < 0.05
+    assert 0 < quality["greedy_agreement"] <= 1
+    assert "equal_texts" in quality
+    assert seen == [3]
+    strict = Calibration("noise", pictures(3), "What is it?", 10, max_kl=1e-9)
+    with pytest.raises(
+        QualityError, match=r"too far from float32 on 3 images of noise: next-token KL .*--force"
+    ):
+        build_engine(checkpoint, tmp_path / "other", "int8", threads=1, calibration=strict)
+    assert beside(out) == ["engine"]
+
+
+def test_float32_is_at_no_distance(checkpoint, tmp_path):
+    calibration = Calibration("noise", pictures(2), "What is it?", 8, max_kl=1e-6, min_agreement=1.0)
+    record = build_engine(checkpoint, tmp_path / "e", "float32", threads=1, calibration=calibration)
+    assert record.quality is not None
+    assert record.quality["equal_captions"] == 1
+    # An engine that was not measured is built anew when it is to be measured.
+    build_engine(checkpoint, tmp_path / "f", "int8", threads=1)
+    loose = Calibration("noise", pictures(2), "What is it?", 8, max_kl=None, min_agreement=None)
+    assert build_engine(checkpoint, tmp_path / "f", "int8", threads=1, calibration=loose).quality is not None
+
+
+def test_int8_of_a_checkpoint_is_built_once_into_the_cache(checkpoint, cache, monkeypatch):
+    first = captions_of(checkpoint, precision="int8")
+    engines = list((cache / "engines").iterdir())
+    assert len(engines) == 1
+    monkeypatch.setattr(engine_build, "load_checkpoint", None)  # nothing is rounded again
+    assert captions_of(checkpoint, precision="int8") == first
+
+
+def test_without_a_cache_int8_is_rounded_in_memory(checkpoint, cache):
+    expected = captions_of(checkpoint, precision="int8")
+    shutil.rmtree(cache / "engines")
+    (cache / "engines").write_text("in the way")
+    assert captions_of(checkpoint, precision="int8") == expected
+
+
+def test_an_engine_is_refused_for_what_it_is_not(checkpoint, tmp_path):
+    out = tmp_path / "engine"
+    build_engine(checkpoint, out, "int8", threads=1)
+    with pytest.raises(UsageError, match="was built for int8, not bf16"):
+        load(out, precision="bf16")
+    with pytest.raises(UsageError, match="was built for cpu"):
+        load(out, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 99}, "is an engine of format 99"),
+        ({"layout": "bytes-panels-1x1"}, "holds weights as bytes-panels-1x1, this run needs"),
+        ({"weight_bytes": 5}, "bytes instead of 5"),
+        ({"config": {}}, "is broken"),
+        ({"extra": 1}, "is broken"),
+    ],
+)
+def test_a_stale_or_broken_record_is_refused_in_one_line(checkpoint, tmp_path, change, message):
+    out = tmp_path / "engine"
+    build_engine(checkpoint, out, "int8", threads=1)
+    values = json.loads((out / ENGINE_FILE).read_text()) | change
+    (out / ENGINE_FILE).write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=message) as refused:
+        load(out)
+    assert "build it again" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_engine_of_a_checkpoint_that_changed_is_stale(tmp_path):
+    source = write_llava(tmp_path / "model")
+    out = tmp_path / "engine"
+    build_engine(source, out, "int8", threads=1)
+    write_llava(source, seed=1)
+    with pytest.raises(CheckpointError, match="is stale"):
+        load(out)
+    build_engine(source, out, "int8", threads=1)
+    captions_of(out)
+
+
+def test_broken_weights_are_refused(checkpoint, tmp_path):
+    out = tmp_path / "engine"
+    build_engine(checkpoint, out, "int8", threads=1)
+    file = out / WEIGHTS_FILE
+    data = file.read_bytes()
+    file.write_bytes(b"\xff" * 16 + data[16:])
+    with pytest.raises(CheckpointError, match="not a whole weight file"):
+        load(out)
+    file.write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match="copy the engine again"):
+        load(out)
+
+
+def test_packed_weights_can_be_used_where_they_lie():
+    from vila2.ops.linear import linear, pack, packed_from, packed_parts
+
+    assert native is not None
+    for dtype in (torch.float32, torch.bfloat16):
+        for columns, depth, has_bias in ((33, 17, True), (16, 64, False), (1, 1, True)):
+            weight = torch.randn(columns, depth)
+            packed = pack(weight, torch.randn(columns) if has_bias else None, dtype)
+            panels, bias = packed_parts(packed)
+            again = packed_from(panels, bias, columns, depth, packed.storage)
+            x = torch.randn(5, depth)
+            expected = linear(x, packed)
+            del packed
+            assert torch.equal(linear(x, again), expected)
+            with pytest.raises(ValueError, match="panels"):
+                packed_from(panels[:-1], bias, columns, depth, again.storage)
+            if bias is not None:
+                with pytest.raises(ValueError, match="bias"):
+                    packed_from(panels, bias[:-1], columns, depth, again.storage)

@@ -1,0 +1,338 @@
+"""`--dry-run`: what is left to do, and what it will take, by what earlier steps took or by a measured probe.
+
+The probe draws a few images into a temporary folder, takes a few training steps, captions a few images and answers a
+few scenes, with the recipe's own model and on this machine. Nothing is written into the run folder. New captions are
+taken to be as long as they may be, so the estimate errs on the long side.
+"""
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vila2.augment.carry import device_of, recaption_settings
+from vila2.augment.context import Context
+from vila2.augment.loop import State
+from vila2.augment.plan import SOURCE
+from vila2.augment.recipe import LoopRecipe
+from vila2.augment.source import original_records, shard_plan
+from vila2.augment.step import BEGUN, Step, digest_of, place
+from vila2.augment.texts import FILE_NAME as CAPTIONS_FILE
+from vila2.config import make_settings
+from vila2.data.shards import open_source
+from vila2.recaption.interrupt import Interrupts
+
+PROBE_IMAGES = 32
+PROBE_SCENES = 8
+_WORDS_A_TOKEN = 0.75
+_CAPTION_BYTES = 64  # of a line of captions.jsonl beside its text
+
+
+@dataclass(frozen=True, slots=True)
+class StepEstimate:
+    """A step that is left. `basis`: ledger (an earlier step of its kind), probe, or nothing where it takes no time
+    worth naming."""
+
+    step: str
+    kind: str
+    why: str
+    begun: bool
+    seconds: float = 0.0
+    disk_bytes: int = 0
+    cost: float = 0.0
+    basis: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LoopEstimate:
+    """What is complete, and what is left with its time, disk and money."""
+
+    out: str
+    complete: list[str]
+    steps: list[StepEstimate]
+    seconds: float
+    disk_bytes: int
+    cost: float
+    currency: str
+    device: str
+    probe_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def estimate(recipe: LoopRecipe) -> LoopEstimate:
+    """Plan and measure. Raises as the loop does, for what it would refuse at once."""
+    run = Path(recipe.out).absolute()
+    state = State(run, recipe)
+    steps = state.steps()
+    started = time.monotonic()
+    left = [step for step in steps if not state.is_complete(step)]
+    found: list[StepEstimate] = []
+    with _Probe(recipe, run, state) as probe:
+        for step in left:
+            seconds, disk, basis = probe.measure(step)
+            hours = seconds / 3600
+            on_gpu = device_of(probe.context, step) == "cuda"
+            threads = recipe.threads or 1
+            price = recipe.cost.gpu_hour * recipe.cost.gpus if on_gpu else recipe.cost.cpu_hour * threads
+            begun = (step.folder(run) / BEGUN).exists()
+            found.append(
+                StepEstimate(step.name, step.kind, step.why, begun, seconds, disk, hours * price, basis)
+            )
+        device = "cuda" if any(device_of(probe.context, step) == "cuda" for step in left) else "cpu"
+    return LoopEstimate(
+        recipe.out,
+        [step.name for step in steps if state.is_complete(step)],
+        found,
+        sum(e.seconds for e in found),
+        sum(e.disk_bytes for e in found),
+        sum(e.cost for e in found),
+        recipe.cost.currency,
+        device,
+        time.monotonic() - started,
+    )
+
+
+class _Probe:
+    """A small copy of the run in a temporary folder, made piece by piece as measures are asked for."""
+
+    def __init__(self, recipe: LoopRecipe, run: Path, state: State) -> None:
+        self.recipe, self.run, self.state = recipe, run, state
+        self._stack = ExitStack()
+        self._measured: dict[str, tuple[float, float]] = {}  # what -> seconds and bytes a unit
+        self._source: tuple[str, int, float, float] | None = None
+        self._checkpoint: str | None = None
+
+    def __enter__(self) -> "_Probe":
+        self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="vila2-probe-")))
+        self.context = Context(self.folder, self.recipe, Interrupts(), lambda step, progress: None, {})
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def measure(self, step: Step) -> tuple[float, int, str]:
+        """Seconds, bytes, and what they are known from."""
+        if step.kind == "source":
+            return self._of_source(step)
+        if step.kind == "captions":
+            words = self._new_words() if step.settings["mode"] != "original" else 0
+            return 0.0, self.total * int(_CAPTION_BYTES + 6 * words), ""
+        if step.kind not in ("train", "recaption", "evaluate"):
+            return 0.0, 0, ""
+        units = self._units(step)
+        earlier = self._in_ledger(step)
+        if earlier is not None:
+            return earlier * units, self._disk(step, units), "ledger"
+        if "command" in step.settings:
+            return 0.0, 0, ""  # what a command of the user's takes is not ours to measure
+        what = self._family(step)
+        if what not in self._measured:
+            self._measured[what] = getattr(self, f"_probe_{step.kind}")(step)
+        seconds, size = self._measured[what]
+        return seconds * units, int(size * units), "probe"
+
+    @property
+    def total(self) -> int:
+        """How many images there are."""
+        record = self.state.records.get(SOURCE)
+        return int(record["values"]["samples"]) if record is not None else self._images()[1]
+
+    def _of_source(self, step: Step) -> tuple[float, int, str]:
+        _, total, seconds, size = self._images()
+        return (seconds * total, int(size * total), "probe") if "world" in step.settings else (0.0, 0, "")
+
+    def _units(self, step: Step) -> float:
+        if step.kind == "recaption":
+            wanted = math.ceil(self.total * step.settings["fraction"])
+            return min(wanted, step.settings.get("limit", wanted)) * len(step.settings["prompt"])
+        if step.kind == "evaluate":
+            return float(step.settings.get("scenes", 1))
+        return sum(self._steps_of(step).values())
+
+    def _family(self, step: Step) -> str:
+        """Steps of one family take the same time a unit."""
+        settings = {key: value for key, value in step.settings.items() if key not in _VARYING}
+        if step.kind == "train":
+            settings = self._training(step)
+            for stage in settings["stage"]:
+                stage.pop("steps", None)
+                stage.pop("epochs", None)
+            settings.pop("out", None)
+        return digest_of([step.kind, settings])
+
+    def _in_ledger(self, step: Step) -> float | None:
+        """Seconds a unit of a complete step like this one."""
+        for record in reversed(list(self.state.records.values())):
+            other = record["settings"]
+            if record["kind"] != step.kind or other.get("command") != step.settings.get("command"):
+                continue
+            if step.kind == "train":
+                names = [stage["name"] for stage in step.settings["stage"]]
+                if [stage["name"] for stage in other["stage"]] == names:
+                    return float(record["seconds"]) / max(1, record["metrics"]["steps"])
+            elif step.kind == "recaption":
+                return float(record["seconds"]) / max(1, record["metrics"]["captions"])
+            else:
+                return float(record["seconds"]) / max(1.0, float(other.get("scenes", 1)))
+        return None
+
+    def _disk(self, step: Step, units: float) -> int:
+        """Bytes of a step like complete ones, by what those hold."""
+        for name, record in self.state.records.items():
+            if record["kind"] == step.kind:
+                size = sum(f.stat().st_size for f in (self.run / name).rglob("*") if f.is_file())
+                return size if step.kind == "train" else int(size / max(1, record.get("images", 1)) * units)
+        return 0
+
+    def _images(self) -> tuple[str, int, float, float]:
+        """A folder with a few images, how many there will be, and seconds and bytes an image."""
+        if self._source is None:
+            source = self.recipe.source
+            if source.world is None:
+                self._source = str(source.path), len(open_source(str(source.path))), 0.0, 0.0
+            else:
+                from vila2.world.shards import shard_bytes
+
+                plan = shard_plan(source.world.model_dump(mode="json"))
+                count = min(PROBE_IMAGES, plan.scenes)
+                started = time.monotonic()
+                data = shard_bytes(replace(plan, scenes=count), range(count))
+                seconds = time.monotonic() - started
+                folder = self.folder / "images"
+                folder.mkdir()
+                (folder / "probe.tar").write_bytes(data)
+                self._source = str(folder), plan.scenes, seconds / count, len(data) / count
+        return self._source
+
+    def _captions(self, long: bool) -> Path:
+        """Captions of the probe's images, with as many words more as a new caption may have."""
+        folder = self.folder / ("long" if long else "short")
+        if not folder.exists():
+            more = " picture" * self._new_words() if long else ""
+            found = islice(original_records(open_source(self._images()[0])), PROBE_IMAGES)
+            lines = [json.dumps({**record, "text": (record["text"] or "a") + more}) for record in found]
+            folder.mkdir()
+            (folder / CAPTIONS_FILE).write_text("\n".join(lines) + "\n")
+        return folder
+
+    def _new_words(self) -> int:
+        return int(self.recipe.recaption.get("max_new_tokens", 256) * _WORDS_A_TOKEN)
+
+    def _training(self, step: Step) -> dict[str, Any]:
+        """A training on the probe's captions, on a model of the same shape."""
+        long = not step.settings["stage"] or not any("/round-0/" in text for text in _paths(step.settings))
+        values = place(step.free["recipe"], self.run)
+        stages = []
+        for stage in values["stage"]:
+            data = []
+            for entry in stage["data"]:
+                own = entry.get("kind") == "recaption" and str(entry.get("path")).startswith(str(self.run))
+                where = {"path": str(self._captions(long)), "image_root": self._images()[0]}
+                data.append({**entry, **where} if own else dict(entry))
+            stages.append({**stage, "data": data, "eval": []})
+        if str(values.get("base", "")).startswith(str(self.run)):
+            values["base"] = self._model()
+        return {**values, "stage": stages, "seed": 0, "out": str(self.folder / "train")}
+
+    def _steps_of(self, step: Step) -> dict[str, int]:
+        """Stage -> how many steps it takes on all images."""
+        from vila2.train.recipe import Recipe
+        from vila2.train.sources import open_mixture
+
+        recipe = make_settings(Recipe, self._training(step), step.name)
+        found = {}
+        for stage in recipe.stage:
+            if stage.steps is not None:
+                found[stage.name] = stage.steps
+                continue
+            examples = open_mixture(stage.data).num_examples or 0
+            of_probe = sum(entry.path in self._probe_paths() for entry in stage.data)
+            here = sum(1 for _ in islice(original_records(open_source(self._images()[0])), PROBE_IMAGES))
+            examples += of_probe * (self.total - here)
+            assert stage.epochs is not None
+            found[stage.name] = max(1, math.ceil(stage.epochs * examples / stage.batch_examples))
+        return found
+
+    def _probe_paths(self) -> tuple[str, ...]:
+        return str(self.folder / "long"), str(self.folder / "short")
+
+    def _probe_train(self, step: Step) -> tuple[float, float]:
+        from vila2.train.estimate import estimate as estimate_training
+        from vila2.train.recipe import Recipe
+
+        found = estimate_training(make_settings(Recipe, self._training(step), step.name))
+        steps = self._steps_of(step)
+        units = sum(steps.values())
+        seconds = sum(stage.step_s * steps[stage.name] for stage in found.stages)
+        return seconds / units, found.disk_bytes / units
+
+    def _probe_recaption(self, step: Step) -> tuple[float, float]:
+        from vila2.recaption.estimate import estimate as estimate_captions
+
+        context = replace(self.context, outcomes={SOURCE: {"samples": PROBE_IMAGES}})
+        settings = {**step.settings, "source": self._images()[0], "model": self._model(), "fraction": 1.0}
+        settings.pop("limit", None)
+        small = replace(step, settings=settings)
+        found = estimate_captions(recaption_settings(small, context))
+        captions = max(1, found.pending_images * found.prompts)
+        return found.seconds / captions, found.disk_bytes / captions
+
+    def _probe_evaluate(self, step: Step) -> tuple[float, float]:
+        from vila2.evaluate import evaluate
+
+        settings = {key: value for key, value in step.settings.items() if key != "checkpoint"}
+        count = min(PROBE_SCENES, settings["scenes"])
+        tasks = settings.pop("tasks")
+        found = evaluate(
+            self._model(),
+            tasks,
+            device=self.recipe.device,
+            threads=self.recipe.threads,
+            **{**settings, "scenes": count},
+        )
+        file = self.folder / "evaluation.json"
+        found.save(file)
+        return found.seconds / count, file.stat().st_size / count
+
+    def _model(self) -> str:
+        """A checkpoint of the recipe's shape: one that is trained, its base, or one trained for a single step."""
+        if self._checkpoint is None:
+            trained = [name for name, record in self.state.records.items() if record["kind"] == "train"]
+            if trained:
+                names = [path.parent for path in (self.run / trained[-1]).glob("*/checkpoint/config.json")]
+                self._checkpoint = str(max(names))
+            else:
+                self._checkpoint = self.recipe.train.get("base") or self._one_step()
+        return self._checkpoint
+
+    def _one_step(self) -> str:
+        from vila2.train.recipe import Recipe
+        from vila2.train.trainer import Trainer
+
+        data = [{"kind": "recaption", "path": str(self._captions(False)), "image_root": self._images()[0]}]
+        stage: Mapping[str, Any] = {
+            "name": "probe", "train": ["projector"], "steps": 1, "batch_examples": 1, "lr": 1e-6, "data": data,
+        }  # fmt: skip
+        out = self.folder / "model"
+        values = {**self.recipe.train, **self.recipe.machine, "out": str(out), "stage": [stage]}
+        summary = Trainer(make_settings(Recipe, values, "train")).run()
+        shutil.rmtree(out / "cache", ignore_errors=True)
+        assert summary.checkpoint is not None
+        return summary.checkpoint
+
+
+_VARYING = ("checkpoint", "model", "scenes", "split", "round", "seed", "limit", "temperature", "prompt")
+
+
+def _paths(values: Any) -> list[str]:
+    """Every path of a data entry."""
+    return [str(e["path"]) for stage in values["stage"] for e in stage["data"] if e.get("path")]
