@@ -32,7 +32,7 @@ MODEL := .cache/llava-small
 DEMO_OUT := demo_out
 EVAL := .venv-eval
 
-.PHONY: help install test test-eval lint format demo nano bench bench-peers clean
+.PHONY: help install test test-eval lint format kernels cubins dali gpu-check demo nano bench bench-peers clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -94,6 +94,24 @@ $(EVAL)/.installed: $(VENV)/.installed
 
 test-eval: $(EVAL)/.installed ## lmms-eval itself drives the engine: one of its tasks, on local data
 	@OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest -q tests/lmms/check_lmms.py
+
+kernels: $(VENV)/.installed ## every Triton kernel against its reference, in Triton's interpreter; no GPU needed
+	@TRITON_INTERPRET=1 VILA2_REQUIRE=triton $(BIN)/pytest -q tests/kernels --ignore tests/kernels/test_aot.py
+
+cubins: $(VENV)/.installed ## every Triton kernel compiled for sm_80, sm_90 and sm_100, registers and spills checked; no GPU needed
+	@VILA2_REQUIRE=triton $(BIN)/pytest -q tests/kernels/test_aot.py
+
+$(VENV)/.dali: $(VENV)/.installed
+	@echo "installing DALI into $(VENV) (280 MB, once)"
+	@$(PIP) install "nvidia-dali-cuda130>=2.4"
+	@touch $@
+
+dali: $(VENV)/.dali ## the DALI decoder on its CPU device, from the real wheel
+	@VILA2_REQUIRE=dali $(BIN)/pytest -q tests/unit/data/test_dali.py
+
+# Not from .venv: a GPU machine has a torch of its own that fits its driver. Only torch, triton and transformers are needed.
+gpu-check: ## on a GPU: kernels, captions, training and JPEG decoding checked and timed within 8 minutes
+	@$(PYTHON) bench/gpu_check.py $(GPU_CHECK)
 
 $(VENV)/.llava_small: $(VENV)/.installed
 	@echo "installing the benchmark model's language weights (90 MB, once)"

@@ -63,6 +63,19 @@ COLUMNS = {
         "prompt_tokens": "prompt tokens asked",
         "computed_tokens": "tokens computed",
     },
+    "speculative": {
+        "precision": "precision",
+        "batch": "batch",
+        "right_words": "words of the draft that are right",
+        "times_decoding": "decoding, times plain",
+        "times_whole": "whole run, times plain",
+        "tokens_per_step": "tokens a step",
+        "accepted": "drafted tokens accepted",
+        "images": "images",
+        "rounds": "rounds",
+        "clock": "clock",
+        "note": "note",
+    },
     "memory": {
         "images": "images",
         "seconds": "seconds",
@@ -106,7 +119,7 @@ SHOWN = {
     )
 }
 SHARES = {"products", "attention", "norms", "activations", "rope_and_cache", "patches"}
-SHARES |= {"image_preparation", "sampling", "all_else", "outside", "of_ceiling"}
+SHARES |= {"image_preparation", "sampling", "all_else", "outside", "of_ceiling", "right_words", "accepted"}
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -5,6 +5,7 @@ Requests about one document share its encode and its prefill. Only `generate_unt
 likelihoods, and tasks of several rounds or about videos are refused by name.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,10 @@ class Vila2Fast(lmms):  # type: ignore[misc]  # lmms-eval has no types
         **unknown: Any,
     ) -> None:
         super().__init__()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError(
+                f"{NAME} is one process, which batches by itself: start lmms-eval without a launcher"
+            )
         path = checkpoint or pretrained
         if path is None or unknown:
             what = f"no argument {next(iter(unknown))!r}" if unknown else "no checkpoint"
