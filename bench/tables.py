@@ -1,8 +1,8 @@
 """Write the tables of BENCHMARKS.md from bench/results: `python bench/tables.py BENCHMARKS.md`.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; it shows the rows of the newest day and its device
-(of some tables, only those of the newest commit) in bench/results/NAME.csv (of `ops`, which has a hundred, the shapes that `SHOWN` picks). Older rows stay in the file,
-where trends can be read.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; it shows the rows of the newest day and its device in
+bench/results/NAME.csv (of `ONE_RUN`, those of the newest commit; of `ops`, which has a hundred, the shapes that
+`SHOWN` picks). Older rows stay in the file, where trends can be read.
 """
 
 import re
