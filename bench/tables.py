@@ -1,8 +1,8 @@
 """Write the tables of BENCHMARKS.md from bench/results: `python bench/tables.py BENCHMARKS.md`.
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; it shows the rows of the newest day and its device in
-bench/results/NAME.csv (of `ops`, which has a hundred, the shapes that `SHOWN` picks). Older rows stay in the file,
-where trends can be read.
+bench/results/NAME.csv (of `ONE_RUN`, those of the newest commit; of `ops`, which has a hundred, the shapes that
+`SHOWN` picks). Older rows stay in the file, where trends can be read.
 """
 
 import re
@@ -118,6 +118,7 @@ SHOWN = {
         or (row["op"].startswith("rope") and row["shape"].startswith("1024"))
     )
 }
+ONE_RUN = {"decode", "peers"}  # tables that show the newest commit's rows only
 SHARES = {"products", "attention", "norms", "activations", "rope_and_cache", "patches"}
 SHARES |= {"image_preparation", "sampling", "all_else", "outside", "of_ceiling", "right_words", "accepted"}
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -129,7 +130,8 @@ def table(name: str) -> str:
     if not rows:
         return "Not measured yet.\n"
     last = rows[-1]
-    rows = [r for r in rows if all(r[key] == last[key] for key in ("date", "device"))]
+    same = ("date", "device", "commit") if name in ONE_RUN else ("date", "device")
+    rows = [r for r in rows if all(r[key] == last[key] for key in same)]
     rows = [r for r in rows if SHOWN.get(name, lambda row: True)(r)]
     columns = COLUMNS[name]
     lines = [

