@@ -22,6 +22,7 @@ MAX_DRAFT = 24  # tokens that one sequence may verify in a step
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _ROWS_AT_LEAST = 16  # measured, so that one disturbed step ends nothing
 _REPEATS = 3
+_SMALL = 4
 _PATIENCE_S = 2.0  # after which a large model's steps are not repeated
 _HOPELESS = 0.5  # a row that brings so little of what it costs is not made up for by later ones
 _LINEAR = 0.85  # a row more that costs this share of the average row: larger steps cost in proportion
@@ -80,9 +81,13 @@ def measure_step_cost(run: Callable[[int], object], max_rows: int, *, on_cpu: bo
         if count >= _ROWS_AT_LEAST and _last_slope(rows, seconds) > _LINEAR * seconds[-1] / count:
             break
     for repeat in range(_REPEATS):  # in turns, so that a disturbance does not meet one place alone
-        if repeat and time.perf_counter() - begin > _PATIENCE_S:
+        is_late = time.perf_counter() - begin > _PATIENCE_S
+        if repeat and is_late:
             break
-        seconds = [min(least, timed(count)) for count, least in zip(rows, seconds, strict=True)]
+        for place, count in enumerate(rows):
+            # Small steps decide whether a poor draft is worth one row, and take little time.
+            for _ in range(1 if is_late or count > _SMALL else _REPEATS):
+                seconds[place] = min(seconds[place], timed(count))
     for place in range(len(seconds) - 2, -1, -1):
         seconds[place] = min(seconds[place], seconds[place + 1])
     return StepCost(tuple(rows), tuple(seconds))
