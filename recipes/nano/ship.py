@@ -2,7 +2,7 @@
 
     python recipes/nano/ship.py runs/nano
 
-Reads `base` and `train/03-sft/checkpoint` of the run and writes vila2/checkpoints/{nano,nano-base}.
+Reads `base` and the last stage's checkpoint in `train` and writes vila2/checkpoints/{nano,nano-base}.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from vila2 import __version__
 from vila2.evaluate import Evaluation, evaluate
-from vila2.train.recipe import load_recipe
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINTS = HERE.parent.parent / "vila2" / "checkpoints"
@@ -95,14 +94,14 @@ def stages_table(train: Path) -> str:
 
 def card(run: Path, found: dict[str, Evaluation], device: str, notes: str) -> str:
     """The model card in Markdown."""
-    recipe = load_recipe(HERE / "nano.toml")
+    recipe = json.loads((run / "train" / "recipe.json").read_text(encoding="utf-8"))["recipe"]
     any_evaluation = next(iter(found.values()))
     values: dict[str, Any] = {
         "stages": stages_table(run / "train"),
         "figures": figures_table(found),
         "device": device,
         "notes": notes,
-        "seed": recipe.seed,
+        "seed": recipe["seed"],
         "scenes": any_evaluation.settings["scenes"],
         "compute": any_evaluation.compute,
         "version": __version__,
@@ -118,14 +117,15 @@ def main() -> None:
     parser.add_argument("--notes", default="", help="what else a reader of the card must know")
     args = parser.parse_args()
     nano, base = CHECKPOINTS / "nano", CHECKPOINTS / "nano-base"
-    size = pack(args.run / "train" / "03-sft" / "checkpoint", nano) + pack(args.run / "base", base)
+    trained = max((args.run / "train").glob("[0-9][0-9]-*/checkpoint"))  # of the last stage
+    size = pack(trained, nano) + pack(args.run / "base", base)
     if size > LIMIT_MB:
         raise SystemExit(f"{size:.1f} MB of weights, more than {LIMIT_MB:.0f}")
     found = {style: measure(nano, style, args.scenes) for style in ("fluent", "second")}
-    (nano / "README.md").write_text(card(args.run, found, args.device, args.notes), encoding="utf-8")
-    shutil.copyfile(HERE / "card-base.md", base / "README.md")
     summaries = {style: evaluation.summary() for style, evaluation in found.items()}
     (nano / "figures.json").write_text(json.dumps(summaries, indent=1) + "\n", encoding="utf-8")
+    (nano / "README.md").write_text(card(args.run, found, args.device, args.notes), encoding="utf-8")
+    shutil.copyfile(HERE / "card-base.md", base / "README.md")
     print(f"{size:.1f} MB -> {nano}, {base}")
 
 

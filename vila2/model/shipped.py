@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-SHIPPED = ("nano",)
+SHIPPED = ("nano", "nano-base")
 _FOLDER = Path(__file__).resolve().parent.parent / "checkpoints"
 
 
