@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vila2.backends.compute import ComputePlan, available_cores, pack_model, plan_compute
+from vila2 import __version__
+from vila2.backends.compute import ComputePlan, available_cores, pack_model, plan_compute, wants_narrow
 from vila2.backends.engine_dir import (
-    BYTE_LAYOUT,
     ENGINE_FILE,
     TOKENIZER_FOLDER,
     WEIGHTS_FILE,
@@ -116,7 +116,8 @@ def cached_engine(path: str | Path) -> Path | None:
         return None
     try:
         digest = inspect_checkpoint(path).digest
-        out = cache_folder() / "engines" / f"{digest}-int8-{BYTE_LAYOUT}"
+        kind = "narrow" if wants_narrow() else "wide"
+        out = cache_folder() / "engines" / f"{digest}-int8-{kind}-{__version__}"
         build_engine(path, out, "int8")
     except (OutputError, RuntimeError):  # RuntimeError: no home directory
         return None
