@@ -133,8 +133,9 @@ def step(args: argparse.Namespace, stack: ExitStack) -> None:
 
 
 def memory(args: argparse.Namespace, stack: ExitStack) -> None:
-    with worker("vila2", checkpoint("nano", stack), 8, 512) as ours:
-        answer = ours.ask(what="train", steps=args.memory_steps, lr=LR)
+    batch, folder = 8, stack.enter_context(tempfile.TemporaryDirectory())
+    with Worker(PEERS / "vila2_epoch.py", folder, "--batch", str(batch), "--longest", "768") as ours:
+        answer = ours.ask(examples=args.memory_steps * batch)
     resident = np.array(answer["resident"])
     settled = np.arange(len(resident)) >= len(resident) // 4
     slope = float(np.polyfit(np.flatnonzero(settled), resident[settled], 1)[0])
@@ -142,9 +143,10 @@ def memory(args: argparse.Namespace, stack: ExitStack) -> None:
     row = {
         **facts(),
         "model": "nano",
-        "batch": 8,
+        "batch": batch,
         "steps": len(resident),
         "seconds": answer["seconds"],
+        "samples_per_s": len(resident) * batch / answer["seconds"],
         "settled_mib": float(resident[settled][:20].mean()),
         "end_mib": float(resident[-20:].mean()),
         "most_mib": float(resident.max()),

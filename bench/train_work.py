@@ -1,5 +1,6 @@
 """What both sides of bench/bench_train.py train: conversations of mixed length about an image each, from a seed."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,10 @@ class Conversation:
 
 
 def conversation(index: int, vocab: int, side: int, longest: int, seed: int) -> Conversation:
-    """One to six turns; a question has 6 to 20 tokens, an answer 4 to 150, most of them short."""
+    """Turns as `turn_lengths` draws them, of random tokens."""
     rng = np.random.default_rng((seed, index))
     parts, marks = [], []
-    for _ in range(int(rng.integers(1, 7))):
-        question, answer = int(rng.integers(6, 21)), int(np.clip(rng.lognormal(3.0, 0.8), 4, 150))
+    for question, answer in turn_lengths(rng):
         parts.append(rng.integers(FIRST_TOKEN, vocab, question + answer))
         marks.append(np.arange(question + answer) >= question)
     text, in_loss = np.concatenate(parts)[:longest], np.concatenate(marks)[:longest]
@@ -36,6 +36,37 @@ def conversation(index: int, vocab: int, side: int, longest: int, seed: int) -> 
         in_loss,
         rng.integers(0, 256, (side, side, 3), dtype=np.uint8),
     )
+
+
+def turn_lengths(rng: np.random.Generator) -> Iterator[tuple[int, int]]:
+    """One to six turns; a question has 6 to 20 tokens, an answer 4 to 150, most of them short."""
+    for _ in range(int(rng.integers(1, 7))):
+        yield int(rng.integers(6, 21)), int(np.clip(rng.lognormal(3.0, 0.8), 4, 150))
+
+
+def write_llava(folder: Path, count: int, side: int, seed: int = 0) -> Path:
+    """A LLaVA file of `count` such conversations of letters, and a JPEG a record beside it; returns the file."""
+    from PIL import Image
+
+    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz ", dtype=np.uint8)
+    records = []
+    (folder / "images").mkdir(parents=True)
+    for index in range(count):
+        rng = np.random.default_rng((seed, index))
+        turns = []
+        for lengths in turn_lengths(rng):
+            for speaker, length in zip(("human", "gpt"), lengths, strict=True):
+                # A letter at each end: what is trimmed would change the length.
+                text = b"x" + rng.choice(letters, length - 2).tobytes() + b"x"
+                turns.append({"from": speaker, "value": text.decode()})
+        turns[0]["value"] = "<image>\n" + turns[0]["value"]
+        name = f"images/{index:06d}.jpg"
+        pixels = rng.integers(0, 256, (side, side * 4 // 3, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name, quality=80)
+        records.append({"id": str(index), "image": name, "conversations": turns})
+    path = folder / "conversations.json"
+    path.write_text(json.dumps(records), encoding="utf-8")
+    return path
 
 
 def conversations(count: int, vocab: int, side: int, longest: int = 512, seed: int = 0) -> list[Conversation]:

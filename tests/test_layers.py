@@ -65,6 +65,7 @@ RIMS = {
     "nvidia": ("vila2/data/",),
     "tensorrt_llm": ("vila2/backends/",),
     "triton": ("kernels/",),
+    "modelopt": ("vila2/backends/trtllm_quantize.py",),
     "httpx": ("vila2/backends/",),
     "lmms_eval": ("vila2/evaluate/lmms.py",),
 }

@@ -5,6 +5,7 @@ into the same folder must agree on it. The others (batch size, threads, rank, li
 """
 
 import difflib
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,12 +28,18 @@ Orientation = Literal["apply", "ignore"]
 Resize = Literal["exact", "fast"]
 
 # What each backend runs today; anything else is refused before a checkpoint is read.
-BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"native": ("float32", "bf16"), "http": ()}
-_SERVER = ("base_url", "api_key_env", "request_timeout", "patience", "send_format", "send_size")
+BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {
+    "native": ("float32", "bf16", "int8"),
+    "http": (),
+    "trtllm": ("bf16", "fp8", "int4"),
+}
+_SERVER = ("base_url", "api_key_env", "patience", "send_format", "send_size")
+_ENGINE = ("engine", "engine_option")
 # Settings that mean nothing to a backend: refused if they are given, and no part of what decides its captions.
 FOREIGN: dict[str, tuple[str, ...]] = {
-    "native": _SERVER,
-    "http": ("device", "precision", "template", "deterministic", "resize", "threads", "draft"),
+    "native": ("request_timeout", *_SERVER, *_ENGINE),
+    "http": ("device", "precision", "template", "deterministic", "resize", "threads", "draft", *_ENGINE),
+    "trtllm": ("device", "deterministic", "threads", "draft", *_SERVER),
 }
 
 DEFAULT_MODEL = "nano"  # ships with the package
@@ -87,6 +94,10 @@ class RecaptionSettings(_Settings):
     send_format: Annotated[Literal["jpeg", "png"], DECIDES] = "jpeg"
     send_size: Annotated[int | None, DECIDES, Field(ge=16)] = None  # the longest side; None: as it is
 
+    # A TensorRT-LLM engine that was built before, and further settings of its LLM as name=value.
+    engine: str | None = None
+    engine_option: Annotated[tuple[str, ...], DECIDES] = ()
+
     # What the model is asked.
     prompt: Annotated[tuple[str, ...], Field(max_length=64)] = ()
     prompt_text: str | None = None
@@ -138,7 +149,7 @@ class RecaptionSettings(_Settings):
     dry_run: bool = False
     json_lines: Annotated[bool, Field(alias="json")] = False  # `json` is a method of pydantic's models
 
-    @field_validator("prompt", "stop", "base_url", mode="before")
+    @field_validator("prompt", "stop", "base_url", "engine_option", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         """`prompt = "brief"` in a recipe means `prompt = ["brief"]`."""
@@ -181,15 +192,19 @@ class RecaptionSettings(_Settings):
         if self.precision != "auto" and self.precision not in allowed:
             raise ValueError(
                 f"precision {self.precision} does not run on the {self.backend} backend yet: "
-                f"choose {' or '.join(allowed)}"
+                f"choose {', '.join(allowed[:-1])} or {allowed[-1]}"
             )
 
     @property
     def resolved_precision(self) -> str:
-        """`precision` with `auto` decided: bf16 weights, on every device. A server's is not ours to know."""
-        if self.backend == "http":
-            return "auto"
-        return "bf16" if self.precision == "auto" else self.precision
+        """`precision` with `auto` decided: an engine's own, else bf16 weights, on every device.
+
+        A server's is not ours to know.
+        """
+        if self.backend == "http" or self.precision != "auto":
+            return self.precision
+        folder = self.model if self.engine is None else self.engine
+        return _engine_precision(Path(folder).expanduser()) or "bf16"
 
     def sampling(self, attempt: int = 0) -> SamplingParams:
         """How to sample the given attempt: 0 is the caption asked for, then the retry ladder."""
@@ -219,6 +234,16 @@ class RecaptionSettings(_Settings):
             for name, field in type(self).model_fields.items()
             if DECIDES in field.metadata and name not in FOREIGN[self.backend]
         }
+
+
+def _engine_precision(folder: Path) -> str | None:
+    """What an engine directory was built for; None if `folder` is none. Whoever opens it checks the rest."""
+    try:
+        values = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    precision = values.get("precision") if isinstance(values, dict) else None
+    return precision if isinstance(precision, str) else None
 
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)

@@ -1,7 +1,6 @@
 """Our side of bench/bench_train.py: packed batches, `batch_loss`, our AdamW (bench/workers.py has the protocol)."""
 
 import argparse
-import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +62,7 @@ def main() -> None:
             blocks=fused_rows(model),
         )
         optimizer = build_optimizer([group], "float32")
-        losses, flops, times, resident = [], [], [], []
+        losses, flops, times = [], [], []
         begin = time.perf_counter()
         for batch in packed(question["steps"]):
             start = time.perf_counter()
@@ -75,9 +74,8 @@ def main() -> None:
             losses.append(float(loss.detach()) / count)
             times.append(time.perf_counter() - start)
             flops.append(step_flops(config, batch, PARTS))
-            resident.append(resident_mib())
         seconds = time.perf_counter() - begin  # packing included
-        return {"seconds": seconds, "losses": losses, "times": times, "flops": flops, "resident": resident}
+        return {"seconds": seconds, "losses": losses, "times": times, "flops": flops}
 
     def answer(question: dict[str, Any]) -> dict[str, Any]:
         if question["what"] == "train":
@@ -86,11 +84,6 @@ def main() -> None:
         return {"rate": measured_ceiling(dtype, args.threads, seconds=question["seconds"])}
 
     serve({"threads": args.threads, "parameters": sum(p.numel() for p in model.parameters())}, answer)
-
-
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize() / 2**20
 
 
 if __name__ == "__main__":

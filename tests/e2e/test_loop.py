@@ -172,7 +172,24 @@ def test_again_it_does_nothing(reference: Run) -> None:
     assert (reference.out / "ledger.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("every", [53, 89])
+def test_the_report_is_a_table_and_a_page(reference: Run, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    done = vila2_fast(tmp_path, "report", reference.out, "--out", page, "--images", "3")
+    assert done.code == 0, done.stderr
+    assert "best round over control-steps: objects.f1" in done.stdout
+    head = next(line for line in done.stdout.splitlines() if "round-0" in line).split()
+    assert head == ["round-0", "round-1", "round-2", "control-steps", "vila2"]
+    html = page.read_text()
+    assert html.count("data:image/jpeg;base64,") == 4  # three images, and the script that checks for them
+    everything = json.loads(vila2_fast(tmp_path, "report", reference.out, "--out", page, "--json").stdout)
+    assert everything["metrics"]["test"]["objects.f1"]["vila2"]["seeds"]
+    assert everything["captions"]["round-1"]["captions"] == 5
+    empty = vila2_fast(tmp_path, "report", tmp_path)
+    assert empty.code == 1
+    assert "not the folder of a loop" in empty.stderr
+
+
+@pytest.mark.parametrize("every", [113])
 def test_killed_every_few_file_operations_it_ends_the_same(run: Run, reference: Run, every: int) -> None:
     kills = 0
     while (done := run.loop(fault=f"kill:{every}")).code == -signal.SIGKILL:

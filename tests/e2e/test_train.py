@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.e2e.harness import Done, Process, start, vila2_fast, wait_for
 from vila2.model.checkpoint import load_checkpoint
@@ -123,7 +124,7 @@ def test_stages_train_their_parts_alone(reference: Run, vila15: Path) -> None:
 
 def test_the_run_folder_holds_what_it_promises(reference: Run) -> None:
     stage = reference.out / "02-sft"
-    assert {path.name for path in stage.iterdir()} >= {"log.jsonl", "checkpoint", "summary.json"}
+    assert {path.name for path in stage.iterdir()} >= {"log.jsonl", "loss.png", "checkpoint", "summary.json"}
     assert not (stage / "state").exists()  # a stage that is done needs none
     line = reference.log()[0]
     rates = {"tokens_per_s", "images_per_s", "flops_per_s", "share", "seconds"}
@@ -259,6 +260,40 @@ def test_held_out_loss_is_logged_and_changes_nothing(run: Run, reference: Run) -
 def test_activation_checkpointing_changes_nothing(run: Run, reference: Run) -> None:
     assert run.train("--set", "stage.sft.checkpoint_activations=true").code == 0
     assert_same(run, reference)
+
+
+def test_small_micro_batches_sum_to_the_same_step(run: Run, reference: Run) -> None:
+    sets = ("--set", "stage.sft.max_tokens=64", "--set", "stage.sft.max_example_tokens=1024")
+    assert run.train(*sets).code == 0
+    (losses, _), (expected, _) = run.learnt(), reference.learnt()
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_stage_may_begin_at_the_base(run: Run, vila15: Path) -> None:
+    assert run.train("--set", "stage.sft.from=base", "--set", 'stage.sft.train=["decoder"]').code == 0
+    base, tuned = (
+        load_checkpoint(path, dtype=torch.float32).model.projector.state_dict()
+        for path in (vila15, run.out / "02-sft" / "checkpoint")
+    )
+    assert all(torch.equal(tuned[name], tensor) for name, tensor in base.items())  # align's are left behind
+
+
+def test_bfloat16_resumes_bit_for_bit_and_tells_tensorboard_each_step_once(
+    run: Run, vila15: Path, tmp_path: Path
+) -> None:
+    sets = ("--set", "precision=bf16", "--set", "tensorboard=true")
+    assert run.train(*sets).code == 0
+    (tmp_path / "again").mkdir()
+    again = Run(tmp_path / "again", vila15)
+    process = again.start(*sets)
+    wait_for(lambda: len(again.log()) >= 3)
+    process.send(signal.SIGKILL)
+    process.wait()
+    assert again.train(*sets).code == 0
+    assert_same(again, run)
+    board = EventAccumulator(str(again.out / "02-sft" / "tensorboard")).Reload()
+    told = [(event.step, event.value) for event in board.Scalars("loss")]
+    assert told == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in again.log()]
 
 
 def test_adapters_resume_and_merge(run: Run, vila15: Path, tmp_path: Path) -> None:

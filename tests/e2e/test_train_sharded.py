@@ -129,3 +129,18 @@ def test_one_process_goes_on_where_two_stopped(alone: Path, halfway: Path, recip
     torch.testing.assert_close(
         torch.tensor(losses(out)), torch.tensor(losses(alone)), rtol=TOLERANCE, atol=TOLERANCE
     )
+
+
+@pytest.mark.slow
+def test_two_processes_speak_with_one_voice(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first, second = two_processes(tmp_path, "train", recipe, "--out", out, "--threads", "1", "--dry-run")
+    assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
+    assert "sft: 4 steps of 3 examples" in first.stdout
+    assert second.stdout == ""
+    assert not out.exists()
+    refused = two_processes(tmp_path, "train", recipe, "--out", out, "--set", "stage.sft.stesp=4")
+    for number, done in enumerate(refused):
+        assert done.code == 2
+        assert done.stderr.startswith(f"error: process {number} of 2: ")
+        assert done.stderr.count("\n") == 1

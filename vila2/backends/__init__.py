@@ -21,6 +21,7 @@ __all__ = ["BACKENDS", "Captioner", "open_captioner"]
 BACKENDS = {
     "native": "vila2.backends.native:open_native",
     "http": "vila2.backends.http_captioner:open_http",
+    "trtllm": "vila2.backends.trtllm:open_trtllm",
 }
 
 

@@ -29,12 +29,16 @@ class CaptionModel:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        drafts: Sequence[str] = (),
     ) -> list[Caption]:
         """One caption an image, in order.
 
-        An image is a PIL image, a uint8 array (height, width, 3), encoded bytes, or a path. Raises
-        `vila2.data.decode.DecodeError` for one that cannot be decoded.
+        An image is a PIL image, a uint8 array (height, width, 3), encoded bytes, or a path. `drafts`, one an image,
+        are texts that the captions will resemble: the same captions come sooner. Raises ValueError for another
+        number of them, `vila2.data.decode.DecodeError` for an image that cannot be decoded.
         """
+        if drafts and len(drafts) != len(images):
+            raise ValueError(f"{len(drafts)} drafts for {len(images)} images: give one an image, or none")
         sampling = SamplingParams(
             temperature=temperature,
             top_p=top_p,
@@ -44,7 +48,12 @@ class CaptionModel:
         )
         requests = (
             CaptionRequest(
-                i, prompt, (self.captioner.prepare(_pixels(image)),), sampling, rng_key=(seed << 32) + i
+                i,
+                prompt,
+                (self.captioner.prepare(_pixels(image)),),
+                sampling,
+                rng_key=(seed << 32) + i,
+                draft=drafts[i] if drafts else "",
             )
             for i, image in enumerate(images)
         )

@@ -72,7 +72,7 @@ def read_engine(path: str | Path) -> EngineRecord:
                 f"{path} is an engine of format {values['format']}, this version reads {FORMAT}: {again}"
             )
         del values["backend"], values["format"]
-        return EngineRecord(**{**values, "config": _model_config(values["config"])})
+        return EngineRecord(**{**values, "config": read_model_config(values["config"])})
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
     except (KeyError, TypeError, ValueError) as error:
@@ -136,7 +136,8 @@ def _digest_of(checkpoint: str) -> str | None:
         return None  # something else lies there now: the engine is whole without it
 
 
-def _model_config(values: Mapping[str, Any]) -> ModelConfig:
+def read_model_config(values: Mapping[str, Any]) -> ModelConfig:
+    """A model's config from its JSON (`asdict`). KeyError, TypeError or ValueError if it does not fit."""
     fields = dict(values)
     fields["vision"] = VisionConfig(**fields["vision"])
     fields["projector"] = ProjectorConfig(**fields["projector"])

@@ -2,22 +2,18 @@
 
 import asyncio
 import json
-import threading
-from collections.abc import Coroutine, Hashable
-from concurrent.futures import CancelledError, Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from collections.abc import Hashable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from vila2.backends.http_fleet import ChatSettings, Fleet, RequestFailed, Server
 from vila2.backends.http_wire import ChatReply, ExchangeError, Trouble
+from vila2.backends.loop_thread import LoopThread
 from vila2.errors import VilaError
 
 __all__ = ["ChatClient", "ChatReply", "ChatSettings", "RequestFailed", "ServedModel"]
-
-Result = TypeVar("Result")
-_CLOSE_S = 5.0  # a connection that does not close in time is left to the system
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +30,7 @@ class ChatClient:
     def __init__(self, settings: ChatSettings) -> None:
         self.settings = settings
         self.fleet = Fleet(settings)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="vila2-http", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread("vila2-http")
 
     def submit(self, body: dict[str, Any], home: Hashable = None) -> "Future[ChatReply]":
         """Send a chat completion, `model` filled in; the future may be cancelled. See `Fleet.ask` for what it raises.
@@ -44,14 +38,14 @@ class ChatClient:
         Requests with the same `home` (an image) go to the same server while it has room.
         """
         content = json.dumps({"model": self.settings.model, **body}, ensure_ascii=False).encode()
-        return self._run(self.fleet.ask(content, home))
+        return self._thread.run(self.fleet.ask(content, home))
 
     def models(self) -> dict[str, list[ServedModel] | None]:
         """What each server, by its URL, lists at /models; None for one that has no such list or is not there.
 
         VilaError if none is there, or if one says that the key or the URL will not do.
         """
-        return self._run(self._models()).result()
+        return self._thread.run(self._models()).result()
 
     def stats(self) -> dict[str, float]:
         """Counters since the client was opened; what is in flight, and the limit on it, are of now."""
@@ -68,17 +62,7 @@ class ChatClient:
 
     def close(self) -> None:
         """Cancel what is under way. Callable twice."""
-        if not self._thread.is_alive():
-            return
-        try:
-            self._run(self._close()).result(_CLOSE_S)
-        except (FutureTimeoutError, CancelledError):
-            pass
-        finally:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(_CLOSE_S)
-            if not self._thread.is_alive():
-                self._loop.close()
+        self._thread.close(self.fleet.close)
 
     def __enter__(self) -> "ChatClient":
         return self
@@ -87,16 +71,6 @@ class ChatClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _run(self, work: Coroutine[Any, Any, Result]) -> "Future[Result]":
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    async def _close(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self.fleet.close()
 
     async def _models(self) -> dict[str, list[ServedModel] | None]:
         servers = self.fleet.servers

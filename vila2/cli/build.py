@@ -1,4 +1,4 @@
-"""`vila2-fast build`: a checkpoint packed for this machine, measured against float32, ready to be mapped."""
+"""`vila2-fast build`: a checkpoint packed for this machine, measured against float32; or a TensorRT-LLM engine."""
 
 import json
 import sys
@@ -14,16 +14,24 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("checkpoint")
-@click.option("--out", required=True, metavar="DIR", help="The engine directory.")
+@click.option("--out", metavar="DIR", help="The engine directory. [trtllm: in the cache, see `engines`]")
 @click.option(
-    "--backend", type=click.Choice(["native"]), default="native", show_default=True, help="What will run it."
+    "--backend",
+    type=click.Choice(["native", "trtllm"]),
+    default="native",
+    show_default=True,
+    help="What will run it.",
 )
 @click.option(
     "--precision",
-    type=click.Choice(["int8", "bf16", "float32"]),
-    default="int8",
-    show_default=True,
-    help="How weights are kept and multiplied.",
+    type=click.Choice(["int8", "bf16", "float32", "fp8", "int4-awq"]),
+    help="How weights are kept and multiplied. [native: int8; trtllm: bf16]",
+)
+@click.option(
+    "--max-batch", type=click.IntRange(1), metavar="N", help="trtllm: captions written at once. [256]"
+)
+@click.option(
+    "--engine-option", multiple=True, metavar="NAME=VALUE", help="trtllm: a further setting of its LLM."
 )
 @click.option(
     "--calibration",
@@ -43,10 +51,8 @@ if TYPE_CHECKING:
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
-    default=64,
-    show_default=True,
     metavar="N",
-    help="The longest caption compared.",
+    help="The longest caption compared [64]; trtllm: the longest there is room for [256].",
 )
 @click.option(
     "--max-kl",
@@ -77,14 +83,16 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print engine.json.")
 def build(
     checkpoint: str,
-    out: str,
+    out: str | None,
     backend: str,
-    precision: str,
+    precision: str | None,
+    max_batch: int | None,
+    engine_option: tuple[str, ...],
     calibration: str | None,
     image_root: str | None,
     calibration_images: int,
     prompt_text: str | None,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     max_kl: float,
     min_agreement: float,
     force: bool,
@@ -96,11 +104,25 @@ def build(
     """Pack CHECKPOINT into the engine directory --out, for the CPU, and measure it against float32.
 
     `recaption --model DIR` and `vila2.load(DIR)` then start at once: weights are mapped, and processes share them.
+    With --backend trtllm the engine is TensorRT-LLM's, for the GPU here: `recaption --engine DIR` runs it.
 
     \b
     vila2-fast build VILA1.5-3b/ --precision int8 --out engines/vila-3b-int8
     vila2-fast build VILA1.5-3b/ --out engines/vila-3b-int8 --calibration photos/
+    vila2-fast build VILA1.5-8b/ --backend trtllm --precision fp8
     """
+    if backend == "trtllm":
+        _build_trtllm(
+            checkpoint, out, precision or "bf16", max_batch, max_new_tokens or 256, engine_option, as_json
+        )
+        return
+    if out is None:
+        raise click.UsageError("--out is needed")
+    if max_batch is not None or engine_option:
+        raise click.UsageError("--max-batch and --engine-option are for --backend trtllm")
+    precision = precision or "int8"
+    if precision not in ("int8", "bf16", "float32"):
+        raise click.UsageError(f"--precision {precision} is for --backend trtllm")
     from vila2.backends.engine_build import build_engine
     from vila2.evaluate.calibration import of_source, of_world
 
@@ -113,7 +135,7 @@ def build(
         chosen = replace(
             chosen,
             prompt=prompt_text or chosen.prompt,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens or 64,
             max_kl=None if force else max_kl,
             min_agreement=None if force else min_agreement,
         )
@@ -131,6 +153,39 @@ def build(
         click.echo(json.dumps(record.to_json(), indent=2))
     else:
         click.echo(_describe(record, out))
+
+
+def _build_trtllm(
+    checkpoint: str,
+    out: str | None,
+    precision: str,
+    max_batch: int | None,
+    max_new_tokens: int,
+    options: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    from vila2.backends.trtllm_build import build as build_engine
+
+    if precision not in ("bf16", "fp8", "int4-awq"):
+        raise click.UsageError(f"--precision {precision} is for --backend native")
+    engine = build_engine(
+        checkpoint,
+        out,
+        precision=precision.removesuffix("-awq"),
+        max_batch=max_batch,
+        max_new_tokens=max_new_tokens,
+        options=options,
+        observe=lambda stage: print(stage, file=sys.stderr),
+    )
+    spec = engine.spec
+    if as_json:
+        click.echo((engine.path / "engine.json").read_text(encoding="utf-8"))
+        return
+    click.echo(
+        f"{engine.path}: {engine.name} in {spec.precision} for {spec.gpu['name']}, "
+        f"tensorrt_llm {spec.versions['tensorrt_llm']} ({spec.generation} path), "
+        f"up to {spec.limits['max_batch_size']} captions at once of {spec.limits['max_seq_len']} tokens"
+    )
 
 
 def _describe(record: "EngineRecord", out: str) -> str:

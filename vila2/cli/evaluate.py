@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,10 @@ click.rich_click.OPTION_GROUPS["*evaluate"] = [
             "--split",
             "--style",
             "--scenes",
+            "--objects",
             "--seed",
             "--limit",
             "--image-size",
-            "--out",
         ],
     },
     {
@@ -36,10 +36,21 @@ click.rich_click.OPTION_GROUPS["*evaluate"] = [
         "name": "A judge of two caption files",
         "options": ["--pairs", "--judge-url", "--judge-model", "--judge-key", "--judge-workers", "--images"],
     },
-    {"name": "Output", "options": ["--out", "--json", "--help"]},
+    {"name": "Output", "options": ["--details", "--out", "--json", "--help"]},
 ]
 
 _WIDE = 1000  # columns: wider than any table
+
+
+def _objects(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    """`1-4` or `3` as the fewest and the most."""
+    if text is None:
+        return None
+    fewest, dash, most = text.partition("-")
+    try:
+        return int(fewest), int(most if dash else fewest)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no number or range of objects, like 3 or 1-4") from None
 
 
 @click.command()
@@ -49,7 +60,8 @@ _WIDE = 1000  # columns: wider than any table
     default="all",
     show_default=True,
     metavar="A,B",
-    help="captions, presence, relation, count, position, color, reading, grounding; or all.",
+    help="captions, presence, relation, count, position, color, reading, grounding, or all; presence is "
+    "presence_random, presence_popular and presence_adversarial.",
 )
 @click.option(
     "--split",
@@ -63,6 +75,9 @@ _WIDE = 1000  # columns: wider than any table
 )
 @click.option(
     "--scenes", type=click.IntRange(1), default=500, show_default=True, metavar="N", help="How many scenes."
+)
+@click.option(
+    "--objects", callback=_objects, metavar="A-B", help="Only scenes of A to B objects, like 1-4. [1-5]"
 )
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Which world."
@@ -113,6 +128,7 @@ _WIDE = 1000  # columns: wider than any table
     "--judge-workers", type=click.IntRange(1), default=8, show_default=True, help="Pairs asked at once."
 )
 @click.option("--images", metavar="DIR", help="Show the judge DIR/KEY.jpg (png, webp, gif).")
+@click.option("--details", is_flag=True, help="Print every figure, not the main ones only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
     checkpoint: str | None,
@@ -120,6 +136,7 @@ def evaluate(
     captions: str | None,
     pairs: tuple[str, str] | None,
     out: str | None,
+    details: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -145,20 +162,20 @@ def evaluate(
         what = " and ".join(chosen) or "nothing"
         raise click.UsageError(f"give one of CHECKPOINT, --compare, --captions and --pairs, not {what}")
     if compare:
-        _compare(*compare, as_json)
+        _compare(*compare, details, as_json)
     elif pairs:
         _judge(*pairs, out, as_json, options)
     elif captions:
-        _report(_score(captions, options), out, as_json)
+        _report(_score(captions, options), out, details, as_json)
     else:
-        _report(_measure(str(checkpoint), options), out, as_json)
+        _report(_measure(str(checkpoint), options), out, details, as_json)
 
 
 def _measure(checkpoint: str, options: dict[str, Any]) -> "Evaluation":
     from vila2.evaluate import evaluate as measure
 
     names = (
-        "split", "style", "scenes", "seed", "limit", "image_size",
+        "split", "style", "scenes", "objects", "seed", "limit", "image_size",
         "device", "precision", "batch_size", "threads", "max_new_tokens",
     )  # fmt: skip
     tasks = [name.strip() for name in options["tasks"].split(",") if name.strip()]
@@ -178,25 +195,25 @@ def _score(captions: str, options: dict[str, Any]) -> "Evaluation":
     return evaluate_truths(texts, read_truths(options["truth"] or source_of(Path(captions))), captions)
 
 
-def _report(result: "Evaluation", out: str | None, as_json: bool) -> None:
+def _report(result: "Evaluation", out: str | None, details: bool, as_json: bool) -> None:
     if out:
         result.save(out)
     if as_json:
         click.echo(json.dumps(result.summary()))
         return
-    _show_evaluation(result)
+    _show_evaluation(result, details)
     if out:
-        click.echo(f"{len(result.records)} answers -> {out}")
+        click.echo(f"\nwith every answer: {out}")
 
 
-def _compare(a: str, b: str, as_json: bool) -> None:
+def _compare(a: str, b: str, details: bool, as_json: bool) -> None:
     from vila2.evaluate import compare, load_evaluation
 
     result = compare(load_evaluation(a), load_evaluation(b))
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:
-        _show_comparison(result)
+        _show_comparison(result, details)
 
 
 def _judge(a: str, b: str, out: str | None, as_json: bool, options: dict[str, Any]) -> None:
@@ -234,45 +251,73 @@ def _progress(what: str) -> Any:
     return show
 
 
-def _show_evaluation(result: "Evaluation") -> None:
-    click.echo(f"{result.checkpoint}: {len(result.records)} answers in {result.seconds:.1f} s")
-    words = ("scenes", "split", "style", "seed", "image_size", "precision", "limit", "without_caption")
-    known = [f"{word} {value}" for word in words if (value := result.settings.get(word)) is not None]
-    click.echo(", ".join(known))
-    rows = [
-        (name, _figure(e.value, e.is_share), _interval(e), f"{e.count:.0f}")
+def _show_evaluation(result: "Evaluation", details: bool) -> None:
+    settings = result.settings
+    answers = f"{len(result.records)} answers in {result.seconds:.1f} s"
+    if "scenes" in settings:
+        click.echo(f"{result.checkpoint}, {settings['precision']}: {answers}")
+        click.echo(
+            f"{settings['scenes']} scenes of {settings['objects']} objects: split {settings['split']}, style "
+            f"{settings['style']}, seed {settings['seed']}, {settings['image_size']} px"
+            + (f", at most {settings['limit']} questions a scene" if settings["limit"] else "")
+        )
+    else:
+        alone = settings["without_caption"]
+        click.echo(f"{result.checkpoint}: {answers}" + (f"; {alone} without a caption" if alone else ""))
+    rows = {
+        name: (_figure(e.value, e.is_share), _interval(e), f"{e.count:.0f}")
         for name, e in result.metrics.items()
-    ]
-    _table(("", "value", "95 % interval", "of"), rows)
+    }
+    _show_figures(("value", "95 % interval", "of"), rows, details, True, ", --out and --json")
 
 
-def _show_comparison(result: "Comparison") -> None:
+def _show_comparison(result: "Comparison", details: bool) -> None:
     alone = f" ({result.unpaired} answers stand in one result only)" if result.unpaired else ""
     click.echo(
         f"A: {result.a}\nB: {result.b}\n{result.answers} pairs of answers, {result.scenes} scenes{alone}"
     )
-    rows = []
+    rows = {}
     for name, d in result.metrics.items():
-        verdict = ""
-        if d.low is not None and d.high is not None and d.better and (d.low > 0 or d.high < 0):
-            verdict = "better" if (d.value > 0) == (d.better == "higher") else "worse"
-        interval = (
-            ""
-            if d.low is None or d.high is None
-            else f"{_signed(d.low, d.is_share)} to {_signed(d.high, d.is_share)}"
+        verdict, interval = "", ""
+        if d.low is not None and d.high is not None:
+            interval = f"{_signed(d.low, d.is_share)} to {_signed(d.high, d.is_share)}"
+            if d.better and (d.low > 0 or d.high < 0):
+                verdict = "better" if (d.value > 0) == (d.better == "higher") else "worse"
+        rows[name] = (
+            _figure(d.a, d.is_share),
+            _figure(d.b, d.is_share),
+            _signed(d.value, d.is_share),
+            interval,
+            f"{d.p:.4f}",
+            verdict,
         )
-        rows.append(
-            (
-                name,
-                _figure(d.a, d.is_share),
-                _figure(d.b, d.is_share),
-                _signed(d.value, d.is_share),
-                interval,
-                f"{d.p:.4f}",
-                verdict,
-            )
-        )
-    _table(("", "A", "B", "B - A", "95 % interval", "p", "B is"), rows)
+    _show_figures(("A", "B", "B - A", "95 % interval", "p", "B is"), rows, details, False, " and --json")
+
+
+def _show_figures(
+    head: tuple[str, ...], rows: Mapping[str, tuple[str, ...]], details: bool, meanings: bool, elsewhere: str
+) -> None:
+    """The main figures by what was asked; with `meanings` what each is; with `details` all the others too."""
+    from vila2.evaluate.tasks import HEADLINES
+
+    groups = {
+        title: {name: text for name, text in group.items() if name in rows}
+        for title, group in HEADLINES.items()
+    }
+    main = {name for group in groups.values() for name in group}
+    others = [name for name in rows if name not in main]
+    if details:
+        groups["details"] = dict.fromkeys(others, "")
+    table: list[tuple[str, ...]] = []
+    for title, group in groups.items():
+        if group:
+            table.append((("\n" if table else "") + title,))
+            table += [
+                (f"  {name}", *rows[name], *([text] if meanings else [])) for name, text in group.items()
+            ]
+    _table(("", *head, *([""] if meanings else [])), table)
+    if others and not details:
+        click.echo(f"\n{len(others)} more figures with --details{elsewhere}")
 
 
 def _show_judgement(a: str, b: str, result: "Judgement") -> None:
@@ -314,8 +359,14 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for i, title in enumerate(head):
-        table.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
+    for title in head:
+        table.add_column(title, justify="right", no_wrap=True)
+    table.columns[0].justify = "left"
+    if not head[-1]:
+        table.columns[-1].justify = "left"  # what a figure means
     for row in rows:
         table.add_row(*row)
-    Console(width=_WIDE, highlight=False).print(table)
+    console = Console(width=_WIDE, highlight=False)
+    with console.capture() as printed:
+        console.print(table)
+    click.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))

@@ -27,6 +27,7 @@ COMMANDS = {
     "world": "vila2.cli.world:world",
     "inspect": "vila2.cli.inspect:inspect",
     "build": "vila2.cli.build:build",
+    "engines": "vila2.cli.engines:engines",
     "convert": "vila2.cli.convert:convert",
     "doctor": "vila2.cli.doctor:doctor",
     "completion": "vila2.cli.completion:completion",

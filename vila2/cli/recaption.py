@@ -45,6 +45,7 @@ click.rich_click.OPTION_GROUPS["*recaption"] = [
             "--base-url", "--api-key-env", "--send-format", "--send-size", "--request-timeout", "--patience",
         ],
     },
+    {"name": "TensorRT-LLM (--backend trtllm)", "options": ["--engine", "--engine-option"]},
     {"name": "Behaviour", "options": ["--dry-run", "--retry-errors", "--strict", "--json", "--round", "--help"]},
 ]  # fmt: skip
 
@@ -134,7 +135,7 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
 @click.option(
     "--backend",
     metavar="NAME",
-    help="What runs the model: native, or http (any OpenAI-compatible server). [native]",
+    help="What runs the model: native, trtllm (TensorRT-LLM), or http (any OpenAI-compatible server). [native]",
 )
 @click.option(
     "--base-url",
@@ -157,6 +158,13 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
 )
 @click.option(
     "--request-timeout", type=float, metavar="S", help="Seconds that a server may take over a caption. [300]"
+)
+@click.option("--engine", metavar="DIR", help="A folder that `vila2-fast build --backend trtllm` made.")
+@click.option(
+    "--engine-option",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A further setting of tensorrt_llm's LLM; repeatable, refused if this version has none such.",
 )
 @click.option(
     "--patience", type=float, metavar="S", help="Stop when all servers have failed for S seconds. [120]"
@@ -194,6 +202,8 @@ def recaption(recipe: str | None, no_retry: bool, retry: tuple[str, ...], **opti
         given["retry"] = [_parse_retry(text) for text in retry]
     if no_retry:
         given["retry"] = []
+    if given.get("engine") is not None and given.get("backend") is None:
+        given["backend"] = "trtllm"
     settings = recaption_settings(recipe, given)
     if settings.backend == "native" and "model" not in settings.model_fields_set:
         print(_DEFAULT_MODEL_NOTE, file=sys.stderr)

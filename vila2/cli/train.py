@@ -1,5 +1,6 @@
 """`vila2-fast train`: a recipe carried out."""
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -85,6 +86,8 @@ def _dry_run(recipe: "Recipe", as_json: bool) -> int:
     from vila2.train.estimate import estimate
 
     result = estimate(recipe)
+    if os.environ.get("RANK", "0") != "0":  # a launcher's other processes have the same figures
+        return 0
     if as_json:
         print_event("estimate", asdict(result))
     else:

@@ -194,7 +194,9 @@ class Engine:
         [block] = pool.allocate(1)
         context = min(_PROBE_CONTEXT, self.max_total_tokens())
         self.speculator.cost = measure_step_cost(
-            lambda rows: self.runner.probe(rows, block, context), self.limits.max_batch_tokens
+            lambda rows: self.runner.probe(rows, block, context),
+            self.limits.max_batch_tokens,
+            on_cpu=self.runner.device.type == "cpu",
         )
         pool.release([block])
         self.counters.probe_s += time.perf_counter() - start

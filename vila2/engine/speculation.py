@@ -20,7 +20,9 @@ from vila2.engine.sequence import Sequence
 
 MAX_DRAFT = 24  # tokens that one sequence may verify in a step
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_ROWS_AT_LEAST = 16  # measured, so that one disturbed step ends nothing
 _REPEATS = 3
+_PATIENCE_S = 2.0  # after which a large model's steps are not repeated
 _HOPELESS = 0.5  # a row that brings so little of what it costs is not made up for by later ones
 _LINEAR = 0.85  # a row more that costs this share of the average row: larger steps cost in proportion
 
@@ -52,34 +54,42 @@ class StepCost:
         return (self.seconds[at + 1] - self.seconds[at]) / (self.rows[at + 1] - self.rows[at])
 
 
-def measure_step_cost(run: Callable[[int], object], max_rows: int) -> StepCost:
+def measure_step_cost(run: Callable[[int], object], max_rows: int, *, on_cpu: bool = True) -> StepCost:
     """Time `run(rows)`, which computes a step and waits for it, up to where the cost is in proportion to the rows.
 
     The least of some runs counts, and a step costs no more than a larger one: what disturbs a measurement on a busy
-    machine only ever adds to it.
+    machine only ever adds to it. Where the CPU computes, its own seconds count if they are fewer than the clock's,
+    because a process that has to wait for a core waits in proportion to its work.
     """
-    run(1)  # what happens only once
+
+    def timed(rows: int) -> float:
+        start, used = time.perf_counter(), time.process_time()
+        run(rows)
+        wall, own = time.perf_counter() - start, time.process_time() - used
+        return min(wall, own) if on_cpu else wall
+
+    begin = time.perf_counter()
+    timed(1)  # with what happens only once
     rows: list[int] = []
     seconds: list[float] = []
     for count in _ROWS:
         if count > max(max_rows, 2):
             break
-        times = []
-        for _ in range(_REPEATS):
-            start = time.perf_counter()
-            run(count)
-            times.append(time.perf_counter() - start)
         rows.append(count)
-        seconds.append(min(times))
-        if count >= 8 and _slope(rows, seconds) > _LINEAR * seconds[-1] / count:
+        seconds.append(timed(count))
+        if count >= _ROWS_AT_LEAST and _last_slope(rows, seconds) > _LINEAR * seconds[-1] / count:
             break
+    for repeat in range(_REPEATS):  # in turns, so that a disturbance does not meet one place alone
+        if repeat and time.perf_counter() - begin > _PATIENCE_S:
+            break
+        seconds = [min(least, timed(count)) for count, least in zip(rows, seconds, strict=True)]
     for place in range(len(seconds) - 2, -1, -1):
         seconds[place] = min(seconds[place], seconds[place + 1])
     return StepCost(tuple(rows), tuple(seconds))
 
 
-def _slope(rows: list[int], seconds: list[float]) -> float:
-    """Seconds a row between half of the largest measured step and itself."""
+def _last_slope(rows: list[int], seconds: list[float]) -> float:
+    """Seconds a row between about half of the largest measured step and itself."""
     half = next(place for place, count in enumerate(rows) if 2 * count >= rows[-1])
     return (seconds[-1] - seconds[half]) / (rows[-1] - rows[half])
 

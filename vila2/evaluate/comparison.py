@@ -82,7 +82,9 @@ def compare(a: Evaluation, b: Evaluation, seed: int = 0) -> Comparison:
 
 def _paired(a: Evaluation, b: Evaluation) -> tuple[list[Record], list[Record]]:
     """The records of both for what both were asked, in the same order."""
-    other = [name for name in ("split", "style", "seed") if a.settings.get(name) != b.settings.get(name)]
+    other = [
+        name for name in ("split", "style", "objects", "seed") if a.settings.get(name) != b.settings.get(name)
+    ]
     if other:
         name = other[0]
         raise UsageError(

@@ -7,6 +7,7 @@ Greedy decoding: the same checkpoint, settings and machine give the same answers
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 
 from vila2.backends import Captioner
@@ -19,6 +20,7 @@ from vila2.world import SPLITS, STYLES, Lexicon, Scene, World, WorldSettings, te
 from vila2.world.texts import Question
 
 MAX_ANSWER_TOKENS = 32
+MAX_OBJECTS = len(WorldSettings().object_counts)
 
 Observe = Callable[[int, int], None]  # scenes done, scenes in all
 
@@ -39,6 +41,7 @@ def evaluate(
     split: str = "heldout",
     style: str = "fluent",
     scenes: int = 500,
+    objects: tuple[int, int] | None = None,
     seed: int = 0,
     limit: int | None = None,
     image_size: int | None = None,
@@ -50,9 +53,10 @@ def evaluate(
     captioner: Captioner | None = None,
     observe: Observe | None = None,
 ) -> Evaluation:
-    """Evaluate a checkpoint on scenes 0 to `scenes` - 1 of a split, drawn in a style and at the checkpoint's own size.
+    """Evaluate a checkpoint on the first `scenes` scenes of a split, drawn in a style and at the checkpoint's own size.
 
-    `tasks` are names of `vila2.evaluate.tasks` (TASKS and GROUPS); `limit` is the most questions a scene gets;
+    `tasks` are names of `vila2.evaluate.tasks` (TASKS and GROUPS); `objects` (fewest, most) passes over scenes with
+    another number of objects, repeats of a name counted; `limit` is the most questions a scene gets;
     `max_new_tokens` bounds a caption. `captioner`, if given, answers instead of the checkpoint, and stays open.
     UsageError for a name that does not exist, VilaError if a question cannot be asked (the model's context is short).
     """
@@ -63,13 +67,18 @@ def evaluate(
         raise UsageError(f"no style {style!r}; there are {', '.join(STYLES)}")
     if scenes < 1:
         raise UsageError(f"scenes must be at least 1, got {scenes}")
+    fewest, most = objects or (1, MAX_OBJECTS)
+    if not 1 <= fewest <= most <= MAX_OBJECTS:
+        raise UsageError(f"scenes have 1 to {MAX_OBJECTS} objects, not {fewest} to {most}")
     opened = captioner or _open(checkpoint, device, precision, batch_size, threads, max_new_tokens)
     try:
         size = image_size or _native_size(opened)
         world = World(WorldSettings(image_size=size, seed=seed, style=style))
         started = time.perf_counter()
-        run = _Run(opened, world, wanted, split, limit, max_new_tokens)
-        records = run.records(range(scenes), observe)
+        run = _Run(opened, world, wanted, limit, max_new_tokens)
+        every = (world.scene(split, index) for index in count())
+        chosen = islice((scene for scene in every if fewest <= len(scene.objects) <= most), scenes)
+        records = run.records(chosen, lambda done: observe and observe(done, scenes))
         seconds = time.perf_counter() - started
     finally:
         if captioner is None:
@@ -79,6 +88,7 @@ def evaluate(
         "split": split,
         "style": style,
         "scenes": scenes,
+        "objects": f"{fewest}-{most}",
         "seed": seed,
         "limit": limit,
         "image_size": size,
@@ -119,40 +129,37 @@ class _Run:
         captioner: Captioner,
         world: World,
         tasks: Sequence[str],
-        split: str,
         limit: int | None,
         max_new_tokens: int,
     ) -> None:
-        self.captioner, self.world, self.tasks, self.split, self.limit = captioner, world, tasks, split, limit
+        self.captioner, self.world, self.tasks, self.limit = captioner, world, tasks, limit
         rule = RepetitionRule()
         self.for_caption = SamplingParams(max_new_tokens=max_new_tokens, repetition=rule)
         self.for_answer = SamplingParams(max_new_tokens=MAX_ANSWER_TOKENS, repetition=rule)
         self.under_way: dict[int, _Asked] = {}
+        self.begun = 0  # scenes
+        self.left: dict[int, int] = {}  # scene -> answers to come
 
-    def records(self, indices: Sequence[int], observe: Observe | None) -> list[Record]:
-        """One record for everything asked, by scene and then in the order of asking."""
+    def records(self, scenes: Iterable[Scene], observe: Callable[[int], object]) -> list[Record]:
+        """One record for everything asked, by scene and then in the order of asking; observes the scenes done."""
         answered: list[tuple[int, Record]] = []
-        left: dict[int, int] = {}
-        done = 0
-        for caption in self.captioner.caption(self._requests(indices, left)):
+        for caption in self.captioner.caption(self._requests(scenes)):
             asked = self.under_way.pop(caption.id)
             answered.append((asked.order, _record(asked, caption, self.world.lexicon)))
-            left[asked.scene.index] -= 1
-            if not left[asked.scene.index]:
-                del left[asked.scene.index]
-                done += 1
-                if observe:
-                    observe(done, len(indices))
+            self.left[asked.scene.index] -= 1
+            if not self.left[asked.scene.index]:
+                del self.left[asked.scene.index]
+                observe(self.begun - len(self.left))
         return [record for _, record in sorted(answered, key=lambda pair: pair[0])]
 
-    def _requests(self, indices: Iterable[int], left: dict[int, int]) -> Iterator[CaptionRequest]:
+    def _requests(self, scenes: Iterable[Scene]) -> Iterator[CaptionRequest]:
         order = 0
-        for index in indices:
-            scene = self.world.scene(self.split, index)
+        for scene in scenes:
+            self.begun += 1
             questions = self._ask(scene)
             if not questions:
                 continue  # none of the tasks applies to this scene
-            left[index] = len(questions)
+            self.left[scene.index] = len(questions)
             image = self.captioner.prepare(self.world.render(scene))
             for question in questions:
                 self.under_way[order] = _Asked(order, scene, question)
@@ -161,7 +168,7 @@ class _Run:
                     prompt=question.question,
                     images=(image,),
                     sampling=self.for_caption if question.task == CAPTIONS else self.for_answer,
-                    image_key=index,
+                    image_key=scene.index,
                     num_siblings=len(questions),
                 )
                 order += 1

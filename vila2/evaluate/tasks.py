@@ -221,3 +221,37 @@ METRICS: tuple[Metric, ...] = (
     Metric("naming.accuracy", ("naming",), ("correct",), ("asked",)),
     Metric("answers.readable", (*QUESTIONS, "naming"), ("parsed",), ("asked",)),
 )
+
+# The figures that come first, by what was asked, each in a few words; diversity is that of the captions as a whole.
+HEADLINES: Mapping[str, Mapping[str, str]] = {
+    "detailed captions": {
+        "objects.f1": "names said, against names there",
+        "objects.precision": "names said that are there",
+        "objects.recall": "names there that are said",
+        "chair.i": "mentions of what is not there",
+        "chair.s": "captions with such a mention",
+        "captions.counts_right": "names there, said in the right number",
+        "captions.relations_true": "stated relations (left of, ...) that hold",
+        "captions.sign_exact": "signs, quoted to the letter",
+        "captions.words": "words in a caption",
+        "diversity.unique": "captions that differ",
+        "diversity.distinct_2": "pairs of words that differ",
+        "cider": "CIDEr; 1 is the 100 of papers",
+    },
+    "questions": {
+        "pope.accuracy": "is there a ...? (half there, half not)",
+        "pope.yes_ratio": "of these, answered yes",
+        "pope.random.accuracy": "not there: any name",
+        "pope.popular.accuracy": "not there: frequent names",
+        "pope.adversarial.accuracy": "not there: names that go with the scene",
+        "relation.accuracy": "left, right, above, below",
+        "count.accuracy": "how many ...?",
+        "position.accuracy": "where in the picture?",
+        "color.accuracy": "what color?",
+        "reading.exact": "signs, read to the letter",
+        "reading.cer": "wrong letters of signs",
+        "grounding.accuracy": "boxes with an IoU of 0.5 or more",
+        "naming.accuracy": "what is in a box?",
+        "answers.readable": "answers of the asked form (others are wrong)",
+    },
+}

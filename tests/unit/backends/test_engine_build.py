@@ -159,7 +159,9 @@ def test_the_quality_check_measures_scores_and_refuses(checkpoint, tmp_path):
     assert "equal_texts" in quality
     assert seen == [3]
     strict = Calibration("noise", pictures(3), "What is it?", 10, max_kl=1e-9)
-    with pytest.raises(QualityError, match=r"too far from float32 on 3 images of noise: next-token KL .*--force"):
+    with pytest.raises(
+        QualityError, match=r"too far from float32 on 3 images of noise: next-token KL .*--force"
+    ):
         build_engine(checkpoint, tmp_path / "other", "int8", threads=1, calibration=strict)
     assert beside(out) == ["engine"]
 

@@ -46,10 +46,16 @@ class SimulatedCache:
             for offset in range(copy.num_tokens):
                 self.slots[copy.target, offset] = self.slots[copy.source, offset]
 
-    def step(self) -> list[Sequence]:
-        """One step; returns the sequences that want a token."""
+    def step(self, num_drafted: int = 0) -> list[Chunk]:
+        """One step, with drafts of up to `num_drafted` tokens; returns the chunks that want a token."""
         step = self.scheduler.schedule()
         self.copy(step.copies)
+        preempted = self.scheduler.num_preemptions
+        for i, chunk in enumerate(step.chunks):
+            if chunk.wants_logits:
+                draft = [future(chunk.sequence, ahead) for ahead in range(num_drafted)]
+                step.chunks[i] = self.scheduler.with_draft(chunk, draft)
+        assert self.scheduler.num_preemptions == preempted
         decoding = [chunk for chunk in step.chunks if chunk.sequence.is_decoding]
         assert sum(chunk.num_tokens for chunk in step.chunks) <= self.scheduler.max_batch_tokens
         assert all(chunk.num_tokens == 1 for chunk in decoding)
@@ -58,7 +64,7 @@ class SimulatedCache:
             self._write(chunk)
         for chunk in step.chunks:
             self._check(chunk)
-        wanting = [chunk.sequence for chunk in step.chunks if chunk.wants_logits]
+        wanting = [chunk for chunk in step.chunks if chunk.wants_logits]
         self.copy(self.scheduler.advance(step))
         return wanting
 
@@ -68,6 +74,10 @@ class SimulatedCache:
             slot = sequence.blocks[position // BLOCK], position % BLOCK
             self.slots[slot] = history(sequence, position)
             self.num_computed += 1
+        for ahead, token in enumerate(chunk.draft):
+            position = len(sequence.tokens) + ahead
+            slot = sequence.blocks[position // BLOCK], position % BLOCK
+            self.slots[slot] = token, position, image_of(sequence, position)
 
     def _check(self, chunk: Chunk) -> None:
         sequence = chunk.sequence
@@ -78,11 +88,19 @@ class SimulatedCache:
 
 def history(sequence: Sequence, position: int) -> tuple:
     """What a slot must hold: the token, its position, and the image that its prompt shows, if it shows one yet."""
+    return sequence.tokens[position], position, image_of(sequence, position)
+
+
+def image_of(sequence: Sequence, position: int) -> tuple | None:
     request = sequence.request
     seen_image = any(span.start <= position for span in request.spans)
     own = request.id if position >= request.header_length + 3 or request.image_key is None else None
-    image = (request.image_key, own) if seen_image else None
-    return sequence.tokens[position], position, image
+    return (request.image_key, own) if seen_image else None
+
+
+def future(sequence: Sequence, ahead: int) -> int:
+    """The token that the sequence will have after `ahead` more."""
+    return 50_000 + sequence.num_new_tokens + ahead
 
 
 def request(id: int, header: int, tail: int, new: int, image_key: int | None, siblings: int) -> EngineRequest:
@@ -104,8 +122,17 @@ workloads = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(workloads, st.integers(0, 9), st.integers(9, 30), st.integers(1, 6), st.integers(0, 20))
-def test_every_sequence_finishes_with_its_own_history(jobs, header, num_blocks, max_seqs, extra_budget):
+@given(
+    workloads,
+    st.integers(0, 9),
+    st.integers(9, 30),
+    st.integers(1, 6),
+    st.integers(0, 20),
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=5),
+)
+def test_every_sequence_finishes_with_its_own_history(
+    jobs, header, num_blocks, max_seqs, extra_budget, drafts
+):
     cache = SimulatedCache(num_blocks, max_seqs, max_seqs + extra_budget)
     expected = {}
     id = 0
@@ -117,12 +144,17 @@ def test_every_sequence_finishes_with_its_own_history(jobs, header, num_blocks, 
                 expected[id] = new
             id += 1
     done = {}
-    for _ in range(20_000):
+    for turn in range(20_000):
         if not cache.scheduler.num_unfinished:
             break
-        for sequence in cache.step():
-            sequence.tokens.append(50_000 + sequence.num_new_tokens)
-            if sequence.num_new_tokens == sequence.request.sampling.max_new_tokens:
+        drafted, right = drafts[turn % len(drafts)]
+        for chunk in cache.step(drafted):
+            sequence = chunk.sequence
+            left = sequence.request.sampling.max_new_tokens - sequence.num_new_tokens
+            accepted = min(right, len(chunk.draft), left - 1)
+            sequence.tokens += [future(sequence, ahead) for ahead in range(accepted + 1)]
+            sequence.num_computed += accepted
+            if left == accepted + 1:
                 done[sequence.request.id] = sequence.num_new_tokens
                 cache.scheduler.finish(sequence)
     assert done == expected
@@ -137,7 +169,7 @@ def test_a_header_is_computed_once_and_an_image_once_for_its_prompts():
         cache.scheduler.add(start_sequence(request(id, 5, 2, 1, id // 3, 3)))
     finished = 0
     while cache.scheduler.num_unfinished:
-        for sequence in cache.step():
+        for sequence in [chunk.sequence for chunk in cache.step()]:
             sequence.tokens.append(7)
             cache.scheduler.finish(sequence)
             finished += 1
@@ -153,7 +185,7 @@ def test_out_of_blocks_preempts_the_newest_and_loses_nothing():
         cache.scheduler.add(start_sequence(request(id, 0, 2, 20, None, 1)))
     order = []
     while cache.scheduler.num_unfinished:
-        for sequence in cache.step():
+        for sequence in [chunk.sequence for chunk in cache.step()]:
             sequence.tokens.append(7)
             if sequence.num_new_tokens == 20:
                 cache.scheduler.finish(sequence)

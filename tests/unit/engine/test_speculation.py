@@ -5,6 +5,7 @@ Weights are random, so the model's own continuation is a strict test of every ro
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from tests.checkpoints import write_llava, write_nvila, write_vila15
 from tests.unit.engine.engines import another_engine, engine_requests, photo, with_limits
 from vila2.backends.native import NativeCaptioner
+from vila2.engine import speculation
 from vila2.engine.blocks import BlockPool
 from vila2.engine.draft import Acceptance, Draft
 from vila2.engine.engine import Engine
@@ -306,13 +308,26 @@ def test_a_draft_takes_no_block_that_somebody_needs():
     assert scheduler.pool.num_free == 2
 
 
-def test_step_cost_is_measured_as_far_as_it_bends():
-    asked = []
-    cost = measure_step_cost(asked.append, 512)
-    assert cost.rows[0] == 1
-    assert asked[0] == 1
-    assert max(asked) <= 512
-    assert all(a <= b for a, b in zip(cost.seconds, cost.seconds[1:], strict=False))
+def test_step_cost_is_measured_as_far_as_it_bends(monkeypatch):
+    # A clock that steps move: flat to 8 rows, then a row more costs an eighth; now and then a second passes.
+    now, asked = [0.0], []
+
+    def step(rows: int) -> None:
+        asked.append(rows)
+        now[0] += max(8, rows) / 8 + 1.0 * (len(asked) % 7 == 3)
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0])
+    monkeypatch.setattr(speculation, "time", clock)
+    monkeypatch.setattr(speculation, "_PATIENCE_S", 1e9)
+    cost = measure_step_cost(step, 512)
+    assert 16 <= max(asked) <= 64  # from there on it is in proportion
+    for rows in (1, 4, 8, 12, 16, 100):
+        assert cost(rows) == pytest.approx(max(8, rows) / 8)
+    assert cost.of_one_more(200) == pytest.approx(1 / 8)
+    asked.clear()
+    monkeypatch.setattr(speculation, "_PATIENCE_S", 0.0)
+    measure_step_cost(step, 12)
+    assert asked == [1, 1, 2, 3, 4, 6, 8, 12, 1, 2, 3, 4, 6, 8, 12]
     line = StepCost((1, 4, 8), (10.0, 10.0, 14.0))
     assert (line(1), line(4), line(6), line(16)) == (10.0, 10.0, 12.0, 22.0)
     assert (line.of_one_more(1), line.of_one_more(4), line.of_one_more(100)) == (0.0, 1.0, 1.0)

@@ -81,12 +81,35 @@ def test_limit_bounds_the_questions_of_a_scene() -> None:
     assert max(asked.count(scene) for scene in range(SCENES)) == 3
 
 
-def test_progress_counts_scenes() -> None:
-    seen: list[tuple[int, int]] = []
-    measured(
-        oracle(SCENES), tasks=["captions", "count"], observe=lambda done, total: seen.append((done, total))
-    )
-    assert seen == [(i + 1, SCENES) for i in range(SCENES)]
+def test_objects_choose_scenes_and_change_none(right: Evaluation) -> None:
+    few = evaluate("a/checkpoint", scenes=20, objects=(1, 2), captioner=oracle(SCENES * 2))
+    world = World()
+    scenes = sorted({record.scene for record in few.records})
+    assert len(scenes) == 20
+    assert {len(world.scene("heldout", index).objects) for index in scenes} == {1, 2}
+    passed_over = set(range(scenes[-1])) - set(scenes)
+    assert min(len(world.scene("heldout", index).objects) for index in passed_over) > 2
+    same = [record for record in few.records if record.scene < SCENES]
+    assert same == [record for record in right.records if record.scene in scenes]
+    assert (few.settings["objects"], right.settings["objects"]) == ("1-2", "1-5")
+    with pytest.raises(UsageError, match="of different scenes \\(objects is '1-5' and '1-2'\\)"):
+        compare(right, few)
+
+
+@pytest.mark.parametrize("tasks", [["captions", "count"], ["reading"]])
+def test_progress_counts_scenes_to_the_last(tasks: list[str]) -> None:
+    seen: list[int] = []
+    totals: set[int] = set()
+    last_with_a_sign = max(i for i in range(SCENES) if World().scene("heldout", i).sign)
+
+    def observe(done: int, total: int) -> None:
+        seen.append(done)
+        totals.add(total)
+
+    evaluate("x", tasks, scenes=last_with_a_sign + 3, captioner=oracle(SCENES + 3), observe=observe)
+    assert totals == {last_with_a_sign + 3}
+    assert seen == sorted(set(seen))
+    assert seen[-1] == last_with_a_sign + 3
 
 
 def test_a_cut_caption_counts_as_cut() -> None:
@@ -112,6 +135,9 @@ def test_a_request_that_fails_ends_the_evaluation() -> None:
         ({"split": "train"}, "no split 'train'; there are pretrain"),
         ({"style": "oil"}, "no style 'oil'; there are fluent"),
         ({"scenes": 0}, "scenes must be at least 1, got 0"),
+        ({"objects": (0, 4)}, "scenes have 1 to 5 objects, not 0 to 4"),
+        ({"objects": (4, 2)}, "scenes have 1 to 5 objects, not 4 to 2"),
+        ({"objects": (2, 6)}, "scenes have 1 to 5 objects, not 2 to 6"),
     ],
 )
 def test_wrong_settings_are_refused_before_a_checkpoint_is_read(

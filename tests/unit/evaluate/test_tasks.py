@@ -5,7 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vila2.errors import UsageError
-from vila2.evaluate.tasks import METRICS, PRESENCE, TASKS, expand_tasks, score_answer, score_caption, task_of
+from vila2.evaluate.given import REFERENCE_METRICS
+from vila2.evaluate.tasks import (
+    HEADLINES,
+    METRICS,
+    PRESENCE,
+    TASKS,
+    expand_tasks,
+    score_answer,
+    score_caption,
+    task_of,
+)
 from vila2.world import Background, Object, Scene, Sign, World, read_lexicon, texts
 from vila2.world.texts import Question
 
@@ -147,6 +157,16 @@ def test_every_task_of_the_world_is_asked_and_has_a_metric() -> None:
     assert set(texts.TASKS) == set(TASKS) - {"captions"}
     assert {task for metric in METRICS for task in metric.tasks} == {*TASKS, "naming"}
     assert len({metric.name for metric in METRICS}) == len(METRICS)
+
+
+def test_headlines_are_figures_that_exist() -> None:
+    of_a_set = {f"diversity.{name}" for name in ("unique", "distinct_1", "distinct_2", "self_bleu")}
+    known = {metric.name for metric in (*METRICS, *REFERENCE_METRICS)} | of_a_set
+    named = [name for group in HEADLINES.values() for name in group]
+    assert set(named) <= known
+    assert len(named) == len(set(named))
+    accuracies = {name for name in known if name.count(".") == 1 and name.endswith((".accuracy", ".exact"))}
+    assert accuracies <= set(named)  # no task is left out
 
 
 def test_task_names() -> None:
