@@ -44,6 +44,7 @@ from vila2.ops.quant import HAS_KERNELS
 from vila2.ops.threads import set_threads
 from vila2.types import Caption, CaptionRequest, SamplingParams
 
+USED_FILE = "used"  # in a cached engine; its time is that of the last run (see `vila2-fast engines`)
 _TMP = ".building"
 _OLD = ".replaced"
 
@@ -119,7 +120,8 @@ def cached_engine(path: str | Path) -> Path | None:
         kind = "narrow" if wants_narrow() else "wide"
         out = cache_folder() / "engines" / f"{digest}-int8-{kind}-{__version__}"
         build_engine(path, out, "int8")
-    except (OutputError, RuntimeError):  # RuntimeError: no home directory
+        (out / USED_FILE).touch()
+    except (OutputError, OSError, RuntimeError):  # RuntimeError: no home directory
         return None
     return out
 
