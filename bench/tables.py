@@ -1,8 +1,8 @@
 """Write the tables of BENCHMARKS.md from bench/results: `python bench/tables.py BENCHMARKS.md`.
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; it shows the rows of the newest day and its device in
-bench/results/NAME.csv (of `ops`, which has a hundred, the shapes that `SHOWN` picks). Older rows stay in the file,
-where trends can be read.
+bench/results/NAME.csv (of `ONE_RUN`, those of the newest commit; of `ops`, which has a hundred, the shapes that
+`SHOWN` picks). Older rows stay in the file, where trends can be read.
 """
 
 import re
@@ -24,6 +24,20 @@ COLUMNS = {
         "slowest": "slowest round",
         "ratio": "against the peer's best of the run",
         "same_tokens": "same tokens",
+    },
+    "peers": {
+        "engine": "engine",
+        "version": "version",
+        "precision": "precision",
+        "batch": "batch",
+        "images": "images",
+        "rounds": "rounds",
+        "images_per_s": "images/s",
+        "slowest": "slowest round",
+        "ours_times": "ours is, times",
+        "ceiling": "product ceiling, GFLOP/s",
+        "of_ceiling": "of the ceiling",
+        "reason": "why not",
     },
     "profile": {
         "precision": "precision",
@@ -48,6 +62,19 @@ COLUMNS = {
         "images_encoded": "images encoded",
         "prompt_tokens": "prompt tokens asked",
         "computed_tokens": "tokens computed",
+    },
+    "speculative": {
+        "precision": "precision",
+        "batch": "batch",
+        "right_words": "words of the draft that are right",
+        "times_decoding": "decoding, times plain",
+        "times_whole": "whole run, times plain",
+        "tokens_per_step": "tokens a step",
+        "accepted": "drafted tokens accepted",
+        "images": "images",
+        "rounds": "rounds",
+        "clock": "clock",
+        "note": "note",
     },
     "memory": {
         "images": "images",
@@ -91,8 +118,9 @@ SHOWN = {
         or (row["op"].startswith("rope") and row["shape"].startswith("1024"))
     )
 }
+ONE_RUN = {"decode", "peers"}  # tables that show the newest commit's rows only
 SHARES = {"products", "attention", "norms", "activations", "rope_and_cache", "patches"}
-SHARES |= {"image_preparation", "sampling", "all_else", "outside", "of_ceiling"}
+SHARES |= {"image_preparation", "sampling", "all_else", "outside", "of_ceiling", "right_words", "accepted"}
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -102,7 +130,8 @@ def table(name: str) -> str:
     if not rows:
         return "Not measured yet.\n"
     last = rows[-1]
-    rows = [r for r in rows if all(r[key] == last[key] for key in ("date", "device"))]
+    same = ("date", "device", "commit") if name in ONE_RUN else ("date", "device")
+    rows = [r for r in rows if all(r[key] == last[key] for key in same)]
     rows = [r for r in rows if SHOWN.get(name, lambda row: True)(r)]
     columns = COLUMNS[name]
     lines = [
@@ -115,7 +144,7 @@ def table(name: str) -> str:
 
 
 def cell(key: str, value: str) -> str:
-    return f"{float(value):.1%}" if key in SHARES else value
+    return f"{float(value):.1%}" if key in SHARES and value else value
 
 
 def filled(text: str) -> str:

@@ -10,9 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+
+def own_output() -> None:
+    """Keep the standard output for the protocol: what a library prints goes to the standard error instead."""
+    protocol = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(protocol, "w", encoding="utf-8")
 
 
 def serve(ready: dict[str, Any], answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -30,21 +38,28 @@ def _reply(message: dict[str, Any]) -> None:
 
 
 class Worker:
-    """The benchmark's side: `ask(**fields)` waits for the answer. Raises RuntimeError if the process ends."""
+    """The benchmark's side: `ask(**fields)` waits for the answer. Raises RuntimeError if the process ends.
 
-    def __init__(self, script: Path, *arguments: str) -> None:
+    `python` may be that of another environment; `log` takes what the process writes to its standard error.
+    """
+
+    def __init__(
+        self, script: Path, *arguments: str, python: Path | None = None, log: Path | None = None
+    ) -> None:
         environment = {
             **os.environ,
             "PYTHONPATH": str(Path(__file__).parent),
             "TRANSFORMERS_VERBOSITY": "error",
         }
-        self.process = subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+        with log.open("w", encoding="utf-8") if log else nullcontext() as errors:
+            self.process = subprocess.Popen(
+                [str(python or sys.executable), str(script), *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+            )
         self.ready: dict[str, Any] = self._read()["ready"]
 
     def ask(self, **fields: Any) -> dict[str, Any]:

@@ -307,5 +307,6 @@ PYBIND11_MODULE(_C, m) {
         return w.storage() == Storage::kFloat32 ? "float32" : "bfloat16";
       });
   vila2::python::bind_bytes(m);
+  vila2::python::bind_images(m);
   vila2::python::bind_training(m);
 }

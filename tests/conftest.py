@@ -37,7 +37,16 @@ def missing_triton() -> str | None:
     return None if find_spec("triton") else "triton is not installed"
 
 
-PROBES: dict[str, Callable[[], str | None]] = {"gpu": missing_gpu, "triton": missing_triton}
+def missing_dali() -> str | None:
+    found = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+    return None if found else "nvidia.dali is not installed (make dali)"
+
+
+PROBES: dict[str, Callable[[], str | None]] = {
+    "gpu": missing_gpu,
+    "triton": missing_triton,
+    "dali": missing_dali,
+}
 
 
 def required_markers() -> set[str]:

@@ -61,7 +61,7 @@ RIMS = {
     "matplotlib": ("vila2/train/plot.py",),
     "pyarrow": ("vila2/data/", "vila2/recaption/", "vila2/cli/"),
     "simplejpeg": ("vila2/data/", "vila2/cli/"),
-    "PIL": ("vila2/data/", "vila2/model/", "vila2/backends/", "vila2/world/"),
+    "PIL": ("vila2/data/", "vila2/model/", "vila2/backends/", "vila2/world/", "vila2/report/"),
     "nvidia": ("vila2/data/",),
     "tensorrt_llm": ("vila2/backends/",),
     "triton": ("kernels/",),

@@ -1,3 +1,5 @@
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 class PackedWeights:
@@ -101,6 +103,9 @@ def segment_attention_grad(
     q_grad: Tensor,
     k_grad: Tensor,
     v_grad: Tensor,
+) -> None: ...
+def resize(
+    image: NDArray[np.uint8], out: NDArray[np.uint8], interpolation: str, rows_first: bool
 ) -> None: ...
 def image_patches(images: Tensor, patch: int, tables: Tensor, out: Tensor) -> None: ...
 def quantize(x: Tensor, bytes: Tensor, scales: Tensor, zeros: Tensor, turn: int = 1) -> None: ...

@@ -26,6 +26,7 @@ Precision = Literal["auto", "float32", "bf16", "int8", "fp8", "int4"]
 Truncation = Literal["trim", "mark"]
 Orientation = Literal["apply", "ignore"]
 Resize = Literal["exact", "fast"]
+Decoder = Literal["auto", "dali", "cpu"]
 
 # What each backend runs today; anything else is refused before a checkpoint is read.
 BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {
@@ -38,8 +39,8 @@ _ENGINE = ("engine", "engine_option")
 # Settings that mean nothing to a backend: refused if they are given, and no part of what decides its captions.
 FOREIGN: dict[str, tuple[str, ...]] = {
     "native": ("request_timeout", *_SERVER, *_ENGINE),
-    "http": ("device", "precision", "template", "deterministic", "resize", "threads", "draft", *_ENGINE),
-    "trtllm": ("device", "deterministic", "threads", "draft", *_SERVER),
+    "http": ("device", "precision", "template", "deterministic", "resize", "threads", *_ENGINE),
+    "trtllm": ("device", "deterministic", "threads", *_SERVER),
 }
 
 DEFAULT_MODEL = "nano"  # ships with the package
@@ -83,6 +84,7 @@ class RecaptionSettings(_Settings):
     precision: Annotated[Precision, DECIDES] = "auto"
     batch_size: Annotated[int | None, Field(ge=1)] = None  # None: tuned to the memory there is
     threads: Annotated[int | None, Field(ge=1)] = None  # None: one a core
+    gpu_memory: Annotated[float, Field(gt=0, le=1)] = 0.9  # share of a card's memory that may be used in all
     decode_workers: Annotated[int | None, Field(ge=1)] = None  # None: by the number of cores
     deterministic: Annotated[bool, DECIDES] = False
 
@@ -123,7 +125,8 @@ class RecaptionSettings(_Settings):
     repetition: Annotated[Repetition | None, DECIDES] = Repetition()
     truncation: Annotated[Truncation, DECIDES] = "trim"
 
-    # What captions will resemble: written faster for it, never differently (see vila2.recaption.drafts).
+    # What captions will resemble: written faster for it, never differently (see vila2.recaption.drafts). A hint:
+    # a backend that cannot use it does without.
     draft: str = "auto"  # off, auto, original, column:NAME, or the output folder of an earlier run
 
     # Which images are taken.
@@ -131,6 +134,7 @@ class RecaptionSettings(_Settings):
     min_side: Annotated[int, DECIDES, Field(ge=1)] = 4
     max_aspect: Annotated[float, DECIDES, Field(ge=1)] = 100.0
     orientation: Annotated[Orientation, DECIDES] = "apply"
+    decoder: Annotated[Decoder, DECIDES] = "auto"  # DALI beside a model on a GPU, if it is installed
     resize: Annotated[Resize, DECIDES] = (
         "exact"  # Pillow's own pixels, or torch's, at most two grey levels away
     )
@@ -188,6 +192,10 @@ class RecaptionSettings(_Settings):
                 raise ValueError(f"{name} means nothing to --backend {self.backend}, only to {knows}")
         if self.backend == "http" and not self.base_url:
             raise ValueError("--backend http needs --base-url")
+        if self.engine is not None and self.engine_option:
+            raise ValueError(
+                "engine_option belongs to the building of an engine: give it to `vila2-fast build`"
+            )
         allowed = BACKEND_PRECISIONS[self.backend]
         if self.precision != "auto" and self.precision not in allowed:
             raise ValueError(

@@ -31,7 +31,7 @@ def main() -> None:
     model.generation_config.eos_token_id = None
 
     def generate(question: dict[str, Any]) -> dict[str, Any]:
-        images, tokens = noise_images(question["images"]), []
+        images, tokens = noise_images(question["images"], seed=question.get("seed", 0)), []
         for start in range(0, len(images), question["batch"]):
             part = [Image.fromarray(image) for image in images[start : start + question["batch"]]]
             inputs = processor(images=part, text=[CHAT] * len(part), return_tensors="pt")

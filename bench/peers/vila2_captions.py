@@ -22,7 +22,10 @@ def main() -> None:
 
     def caption(question: dict[str, Any]) -> dict[str, Any]:
         captions = model.caption(
-            noise_images(question["images"]), prompt=CHAT, max_new_tokens=args.new_tokens, ignore_eos=True
+            noise_images(question["images"], seed=question.get("seed", 0)),
+            prompt=CHAT,
+            max_new_tokens=args.new_tokens,
+            ignore_eos=True,
         )
         return {
             "tokens": [list(caption.token_ids) for caption in captions],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from train_work import NANO, write_llava
-from workers import own_output, serve
+from workers import serve
 
 from vila2.config import make_settings
 from vila2.train.progress import TrainProgress
@@ -64,7 +64,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--longest", type=int, required=True)
     args = parser.parse_args()
-    own_output()
 
     def answer(question: dict[str, Any]) -> dict[str, Any]:
         records = write_llava(args.folder, question["examples"], NANO["vision"]["image_size"])

@@ -129,7 +129,8 @@ struct ByteLinearJob {
   bool is_narrow;  // every pair of the weights is
 };
 
-struct TrainKernels;  // train.h
+struct TrainKernels;   // train.h
+struct ResizeKernels;  // resize.h
 
 struct Kernels {
   const char* isa;
@@ -151,6 +152,7 @@ struct Kernels {
   void (*byte_linear)(const ByteLinearJob& job, int64_t row, int64_t row_end, int64_t panel,
                       int64_t panel_end);
   const TrainKernels* train;
+  const ResizeKernels* resize;
 };
 
 extern const Kernels kScalar;

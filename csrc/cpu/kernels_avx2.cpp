@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
+#include "cpu/resize.h"
 #include "cpu/train.h"
 
 namespace vila2::cpu {
@@ -17,6 +18,7 @@ namespace {
 #include "cpu/bytes.inl"
 #include "cpu/train_rows.inl"
 #include "cpu/train_attention.inl"
+#include "cpu/resize.inl"
 // clang-format on
 
 }  // namespace
@@ -38,6 +40,7 @@ extern const Kernels kAvx2 = {
     quantize,
     byte_linear,
     &kTrain,
+    &kResize,
 };
 
 }  // namespace vila2::cpu

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
+#include "cpu/resize.h"
 #include "cpu/train.h"
 
 namespace vila2::cpu {
@@ -18,6 +19,7 @@ namespace {
 #include "cpu/bytes.inl"
 #include "cpu/train_rows.inl"
 #include "cpu/train_attention.inl"
+#include "cpu/resize.inl"
 // clang-format on
 
 }  // namespace
@@ -39,6 +41,7 @@ extern const Kernels kAvx512Vnni = {
     quantize,
     byte_linear,
     &kTrain,
+    &kResize,
 };
 
 }  // namespace vila2::cpu

@@ -2,6 +2,7 @@
 // share with another file would be compiled for this instruction set and might run on a CPU that lacks it.
 
 #include "cpu/kernels.h"
+#include "cpu/resize.h"
 #include "cpu/train.h"
 
 namespace vila2::cpu {
@@ -16,6 +17,7 @@ namespace {
 #include "cpu/bytes.inl"
 #include "cpu/train_rows.inl"
 #include "cpu/train_attention.inl"
+#include "cpu/resize.inl"
 // clang-format on
 
 }  // namespace
@@ -37,6 +39,7 @@ extern const Kernels kScalar = {
     quantize,
     byte_linear,
     &kTrain,
+    &kResize,
 };
 
 }  // namespace vila2::cpu

@@ -115,3 +115,49 @@ inline void store_bytes(uint8_t* p, Vec v) {  // whole numbers in [0, 255]
   const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(half, half));
 }
+
+// Pairs of bytes, widened to 16 bits, times pairs of weights.
+
+inline Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints add_dot2(Ints sum, Ints pairs, Ints weights) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, weights));
+}
+template <int N>
+inline Ints shift_left(Ints v) {
+  return _mm256_slli_epi32(v, N);
+}
+template <int N>
+inline Ints shift_right(Ints v) {
+  return _mm256_srai_epi32(v, N);
+}
+// 32 bytes of each; the order of the pairs is that which store_clipped undoes.
+inline void load_pairs(const uint8_t* a, const uint8_t* b, Ints* pairs) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
+  const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+  const __m256i low = _mm256_unpacklo_epi8(x, y), high = _mm256_unpackhi_epi8(x, y);
+  pairs[0] = _mm256_unpacklo_epi8(low, _mm256_setzero_si256());
+  pairs[1] = _mm256_unpackhi_epi8(low, _mm256_setzero_si256());
+  pairs[2] = _mm256_unpacklo_epi8(high, _mm256_setzero_si256());
+  pairs[3] = _mm256_unpackhi_epi8(high, _mm256_setzero_si256());
+}
+inline void store_clipped(uint8_t* p, Ints a, Ints b, Ints c, Ints d) {
+  const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes);
+}
+// Pixels 0 and 1, and 2 and 3, from byte `at` of two rows: (R, R'), (G, G'), (B, B'), nothing.
+inline void load_pixels(const uint8_t* const* rows, int64_t at, Ints& first, Ints& second) {
+  const __m128i top = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[0] + at));
+  const __m128i bottom = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[1] + at));
+  const __m256i bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(top), bottom, 1);
+  const __m128i order = _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1);
+  const __m128i next = _mm_setr_epi8(6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1);
+  first = _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(order));
+  second = _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(next));
+}
+inline void store_pixels(uint8_t* const* rows, int64_t at, Ints v) {
+  const __m256i words = _mm256_packs_epi32(v, v), bytes = _mm256_packus_epi16(words, words);
+  const int32_t top = _mm_cvtsi128_si32(_mm256_castsi256_si128(bytes));
+  const int32_t bottom = _mm_cvtsi128_si32(_mm256_extracti128_si256(bytes, 1));
+  __builtin_memcpy(rows[0] + at, &top, 4);
+  __builtin_memcpy(rows[1] + at, &bottom, 4);
+}

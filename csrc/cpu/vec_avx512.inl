@@ -101,3 +101,51 @@ inline void add_dot4(Ints& sum, Ints x, const WideWeights& w) {
 inline void store_bytes(uint8_t* p, Vec v) {  // whole numbers in [0, 255]
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(v)));
 }
+
+// Pairs of bytes, widened to 16 bits, times pairs of weights.
+
+inline Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints add_dot2(Ints sum, Ints pairs, Ints weights) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpwssd_epi32(sum, pairs, weights);
+#else
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, weights));
+#endif
+}
+template <int N>
+inline Ints shift_left(Ints v) {
+  return _mm512_slli_epi32(v, N);
+}
+template <int N>
+inline Ints shift_right(Ints v) {
+  return _mm512_srai_epi32(v, N);
+}
+// 64 bytes of each; the order of the pairs is that which store_clipped undoes.
+inline void load_pairs(const uint8_t* a, const uint8_t* b, Ints* pairs) {
+  const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+  const __m512i low = _mm512_unpacklo_epi8(x, y), high = _mm512_unpackhi_epi8(x, y);
+  pairs[0] = _mm512_unpacklo_epi8(low, _mm512_setzero_si512());
+  pairs[1] = _mm512_unpackhi_epi8(low, _mm512_setzero_si512());
+  pairs[2] = _mm512_unpacklo_epi8(high, _mm512_setzero_si512());
+  pairs[3] = _mm512_unpackhi_epi8(high, _mm512_setzero_si512());
+}
+inline void store_clipped(uint8_t* p, Ints a, Ints b, Ints c, Ints d) {
+  _mm512_storeu_si512(p, _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
+}
+// Pixels 0 and 1, and 2 and 3, from byte `at` of four rows: (R, R'), (G, G'), (B, B'), nothing.
+inline void load_pixels(const uint8_t* const* rows, int64_t at, Ints& first, Ints& second) {
+  const auto row = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + at)); };
+  const __m256i top = _mm256_inserti128_si256(_mm256_castsi128_si256(row(0)), row(1), 1);
+  const __m256i bottom = _mm256_inserti128_si256(_mm256_castsi128_si256(row(2)), row(3), 1);
+  const __m512i bytes = _mm512_inserti64x4(_mm512_castsi256_si512(top), bottom, 1);
+  const __m128i order = _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1);
+  const __m128i next = _mm_setr_epi8(6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1);
+  first = _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(order));
+  second = _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(next));
+}
+inline void store_pixels(uint8_t* const* rows, int64_t at, Ints v) {
+  const __m512i positive = _mm512_max_epi32(v, _mm512_setzero_si512());
+  uint8_t bytes[16];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtusepi32_epi8(positive));
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(rows[i] + at, bytes + 4 * i, 4);
+}

@@ -84,3 +84,34 @@ inline void add_dot4(Ints& sum, const uint8_t* x, const NarrowWeights& w) {
 inline void store_bytes(uint8_t* p, Vec v) {  // whole numbers in [0, 255]
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(v[i]);
 }
+
+// Pairs of bytes, widened to 16 bits, times pairs of weights.
+
+inline Ints add_ints(Ints a, Ints b) { return a + b; }
+inline Ints add_dot2(Ints sum, Ints pairs, Ints weights) {
+  return sum + (pairs & 0xffff) * ((weights << 16) >> 16) + (pairs >> 16) * (weights >> 16);
+}
+template <int N>
+inline Ints shift_left(Ints v) {
+  return v << N;
+}
+template <int N>
+inline Ints shift_right(Ints v) {
+  return v >> N;
+}
+inline void load_pairs(const uint8_t* a, const uint8_t* b, Ints* pairs) {  // 16 bytes of each
+  for (int i = 0; i < 16; ++i) pairs[i / 4][i % 4] = a[i] | b[i] << 16;
+}
+inline void store_pixel(uint8_t* p, Ints v) {
+  for (int i = 0; i < 4; ++i) p[i] = static_cast<uint8_t>(v[i] < 0 ? 0 : v[i] > 255 ? 255 : v[i]);
+}
+inline void store_clipped(uint8_t* p, Ints a, Ints b, Ints c, Ints d) {
+  store_pixel(p, a), store_pixel(p + 4, b), store_pixel(p + 8, c), store_pixel(p + 12, d);
+}
+// Pixels 0 and 1, and 2 and 3, from byte `at` of a row: (R, R'), (G, G'), (B, B'), nothing.
+inline void load_pixels(const uint8_t* const* rows, int64_t at, Ints& first, Ints& second) {
+  const uint8_t* p = rows[0] + at;
+  first = Ints{p[0] | p[3] << 16, p[1] | p[4] << 16, p[2] | p[5] << 16, 0};
+  second = Ints{p[6] | p[9] << 16, p[7] | p[10] << 16, p[8] | p[11] << 16, 0};
+}
+inline void store_pixels(uint8_t* const* rows, int64_t at, Ints v) { store_pixel(rows[0] + at, v); }

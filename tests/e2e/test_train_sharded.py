@@ -132,6 +132,19 @@ def test_one_process_goes_on_where_two_stopped(alone: Path, halfway: Path, recip
 
 
 @pytest.mark.slow
+def test_two_processes_train_the_adapters_of_one(recipe: Path, tmp_path: Path) -> None:
+    sets = ("--set", "stage.sft.lora={rank=4}", "--set", "stage.sft.optimizer=adamw", "--threads", "1")
+    for done in two_processes(tmp_path, "train", recipe, "--out", tmp_path / "two", *sets):
+        assert done.code == 0, done.stderr
+    done = vila2_fast(tmp_path, "train", recipe, "--out", tmp_path / "one", *sets)
+    assert done.code == 0, done.stderr
+    one, two = (torch.tensor(losses(tmp_path / name)) for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=TOLERANCE, atol=TOLERANCE)
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_two_processes_speak_with_one_voice(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first, second = two_processes(tmp_path, "train", recipe, "--out", out, "--threads", "1", "--dry-run")

@@ -63,10 +63,12 @@ class VilaModel:
 class VilaInputProcessor:
     """As the real one, it would fill GPU memory with a vision tower: the adapter must keep it from being made."""
 
-    def __init__(
-        self, model_path: Any, model_config: Any, tokenizer: Any, trust_remote_code: bool = True
-    ) -> None:
+    def __init__(self, model_path: Any, config: Any, tokenizer: Any, trust_remote_code: bool = True) -> None:
         raise AssertionError("VilaInputProcessor loads its vision tower")
+
+    @property
+    def tokenizer(self) -> Any:
+        raise AssertionError("what __init__ would have set is missing")
 
 
 INPUT_PROCESSOR_REGISTRY = SimpleNamespace(

@@ -60,6 +60,8 @@ def run_train(step: Step, context: Context) -> Outcome:
 
 def run_recaption(step: Step, context: Context) -> Outcome:
     """Captions of every image, or of the first `fraction` of them."""
+    from vila2.augment.panel import open_panel
+    from vila2.backends import open_captioner
     from vila2.recaption.output import open_samples
     from vila2.recaption.pipeline import run
     from vila2.recaption.prompts import choose_prompts
@@ -70,10 +72,12 @@ def run_recaption(step: Step, context: Context) -> Outcome:
     if launcher is not None:
         _launch_recaption(launcher, settings, step, context)
     else:
+        models = context.settings(step).get("models")
         summary = run(
             settings,
             observe=lambda progress: context.observe(step.name, progress),
             interrupts=context.interrupts,
+            open_model=open_captioner if models is None else open_panel(models),
         )
         if summary.interrupted:
             raise Stopped

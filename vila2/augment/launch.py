@@ -18,7 +18,7 @@ from vila2.recaption.interrupt import Interrupts
 LOG = "launch.log"
 INTERRUPTED = 130
 _POLL_S = 0.2
-_GRACE_S = 30.0
+_GRACE_S = 600.0  # a large state takes minutes to save; a second interrupt does not wait
 
 
 def command_line(template: str, arguments: Sequence[str], fields: Mapping[str, str]) -> list[str]:
@@ -82,7 +82,10 @@ def _start(
     shared = ["--rank", str(rank), "--world-size", str(launcher.processes)] if launcher.processes > 1 else []
     words = command_line(launcher.command, [*arguments, *shared], fields)
     try:
-        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        # A session of its own: Ctrl-C in a terminal then reaches it once, from here, and it can save what it has.
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
     except OSError as error:
         raise UsageError(f"cannot start {words[0]!r} for {name}: {error.strerror}") from None
 
@@ -112,6 +115,9 @@ def _end(started: "Sequence[subprocess.Popen[bytes]]") -> None:
     try:
         for process in started:
             process.wait()
+    except BaseException:
+        _kill(started)
+        raise
     finally:
         timer.cancel()
 

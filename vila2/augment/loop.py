@@ -13,10 +13,10 @@ from typing import Any
 from vila2.augment import boxes, carry, gates, source, texts
 from vila2.augment.context import Context, Observe, Outcome, Stopped
 from vila2.augment.ledger import Clock, Ledger, costs, now, versions
-from vila2.augment.plan import Decided, dependants, find_step, plan
+from vila2.augment.plan import Decided, ancestors, dependants, find_step, plan
 from vila2.augment.recipe import LoopRecipe
 from vila2.augment.step import BEGUN, FILE_NAME, Step, read_json, write_json
-from vila2.data.files import remove_leftovers, write_error
+from vila2.data.files import DEAD_AFTER_S, remove_leftovers, write_error
 from vila2.data.lock import RunLock
 from vila2.errors import UsageError
 from vila2.recaption.interrupt import Interrupts
@@ -86,8 +86,10 @@ class State:
             if step.name in self.records or seed in unknown:
                 continue
             record = None
-            if all(need in self.records for need in step.needs):
+            if all(name in self.records for name in step.waits_for):
                 record = read_json(step.folder(self.run) / FILE_NAME)
+            if record is not None and step.is_judgement and record["key"] != self.key(step):
+                record = None  # the recipe judges otherwise now: so it is judged again
             if record is not None:
                 self.check(step, record)
                 self.records[step.name] = record
@@ -142,11 +144,12 @@ class Loop:
         ledger = Ledger(run)
         ledger.add(state.records.values())
         skipped, done = len(state.records), list[str]()
-        last = self._last(steps)
+        wanted = self._wanted()
         while True:
-            step = next((step for step in steps if not state.is_complete(step)), None)
-            if step is None or (last is not None and last <= set(state.records)):
-                return LoopSummary(self.recipe.out, done, skipped, False, step.name if step else None)
+            left = [step for step in steps if not state.is_complete(step)]
+            step = next((step for step in left if wanted is None or step.name in wanted), None)
+            if step is None:
+                return LoopSummary(self.recipe.out, done, skipped, False, left[0].name if left else None)
             try:
                 record = self._carry_out(step, state)
             except Stopped:
@@ -155,10 +158,13 @@ class Loop:
             ledger.add([record])
             done.append(step.name)
             steps = state.steps()
-            last = self._last(steps)
 
-    def _last(self, steps: Sequence[Step]) -> set[str] | None:
-        return None if self.until is None else set(find_step(steps, self.until, "--until"))
+    def _wanted(self) -> set[str] | None:
+        """The steps that --until asks for, those of rounds that saturation may yet end included; None: all."""
+        if self.until is None:
+            return None
+        steps = plan(self.recipe)
+        return ancestors(steps, find_step(steps, self.until, "--until"))
 
     def _carry_out(self, step: Step, state: State) -> dict[str, Any]:
         """One step from its claim to its record."""
@@ -237,9 +243,12 @@ class Loop:
             raise write_error(aside, error) from error
 
     def _tidy(self) -> None:
-        """What a killed process left half-written. Nobody else is at work here: the lock is held."""
+        """What a killed process left half-written. No other loop is at work here: the lock is held."""
+        launch = self.recipe.launch
+        launched = any((launch.train, launch.recaption, launch.evaluate))
         for folder in {file.parent for file in self.run_folder.rglob(".*.tmp")}:
-            remove_leftovers(folder, "*")
+            # A command that was launched may have outlived the loop that started it.
+            remove_leftovers(folder, "*", DEAD_AFTER_S if launched else 0.0)
 
 
 def _recorded_gains(run: Path, recipe: LoopRecipe) -> Decided:

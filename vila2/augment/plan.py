@@ -16,6 +16,7 @@ from vila2.train.recipe import FREE, PARTS, Recipe, StageSettings
 
 Decided = Mapping[str, Mapping[str, Any]]  # step -> what its outcome says
 SOURCE = "source"
+TOGETHER = "specialists"  # the folder of what all specialists are asked about an image at once
 _ASKED = {"prompt_file", "prompt_template", "image_root"}
 PROBE_TEMPERATURE = 0.7  # of the second caption by which made-up words show
 
@@ -66,12 +67,21 @@ def find_step(steps: Sequence[Step], text: str, option: str) -> list[str]:
 
 
 def dependants(steps: Sequence[Step], names: Sequence[str]) -> list[str]:
-    """`names` and every step that needs one of them, however indirectly, in the plan's order."""
+    """`names` and every step that waits for one of them, however indirectly, in the plan's order."""
     found = set(names)
     for step in steps:
-        if found.intersection(step.needs):
+        if found.intersection(step.waits_for):
             found.add(step.name)
     return [step.name for step in steps if step.name in found]
+
+
+def ancestors(steps: Sequence[Step], names: Sequence[str]) -> set[str]:
+    """`names` and every step that one of them waits for, however indirectly."""
+    found = set(names)
+    for step in reversed(steps):
+        if step.name in found:
+            found.update(step.waits_for)
+    return found
 
 
 def _source(recipe: LoopRecipe) -> Step:
@@ -92,6 +102,8 @@ class _Seed:
         self.found: list[Step] = []
         self.images = f"{RUN}/{SOURCE}" if recipe.source.world is not None else str(recipe.source.path)
         self.has_truth = recipe.source.world is not None
+        self.before_rounds: tuple[str, ...] = ()
+        self.after_rounds = (f"round-{self.rounds.last}/gain",)  # which say what the best round is
 
     def steps(self) -> list[Step]:
         recipe = self.recipe
@@ -121,9 +133,13 @@ class _Seed:
         needs: Sequence[str],
         why: str,
         free: dict[str, Any] | None = None,
+        after: Sequence[str] = (),
     ) -> None:
-        own = tuple(need if need == SOURCE else f"{self.base}/{need}" for need in needs)
-        self.found.append(Step(f"{self.base}/{name}", kind, settings, own, free or {}, why))
+        own, through = (
+            tuple(other if other == SOURCE else f"{self.base}/{other}" for other in others)
+            for others in (needs, after)
+        )
+        self.found.append(Step(f"{self.base}/{name}", kind, settings, own, through, free or {}, why))
 
     @property
     def base(self) -> str:
@@ -148,11 +164,13 @@ class _Seed:
             prompts=rounds.prompt,
             number=number,
             draft=f"{before}/recaption" if drafts else None,
+            after=[f"{before}/gain"] if number > 1 else self.before_rounds,
         )
         self._gate(name, f"{before}/recaption" if number > 1 else None)
         settings = {"mode": "new", "merge": rounds.merge, "outputs": [self._path(f"{name}/recaption")]}
-        needs = ("round-0/captions", f"{name}/recaption", f"{name}/gate")
-        self._captions(f"{name}/captions", settings, needs, f"originals and round {number}'s, {rounds.merge}")
+        needs = ("round-0/captions", f"{name}/recaption")
+        why = f"originals and round {number}'s, {rounds.merge}"
+        self._captions(f"{name}/captions", settings, needs, why, [f"{name}/gate"])
         self._model(name, f"VILA_{number}, from the base weights again")
         self._gain(number)
 
@@ -164,6 +182,7 @@ class _Seed:
         number: int,
         draft: str | None = None,
         after: Sequence[str] = (),
+        models: Mapping[str, str] | None = None,
     ) -> None:
         settings: dict[str, Any] = {
             "source": self.images,
@@ -174,18 +193,17 @@ class _Seed:
             "fraction": self.recipe.rounds.fraction,
             "settings": captioning_that_decides(self.recipe.recaption),
         }
-        needs = [SOURCE, model, *after]
+        needs = [SOURCE, *dict.fromkeys([model, *(models or {}).values()])]
+        if models is not None:
+            settings["models"] = {prompt: self._checkpoint(name, -1) for prompt, name in models.items()}
         free: dict[str, Any] = {"settings": self.recipe.recaption}
-        drafts = (
-            {} if draft is None else {"draft": self._path(draft)}
-        )  # makes it faster and changes no caption
-        why = f"{', '.join(prompts)} of every image"
-        self._add(f"{name}/recaption", "recaption", settings, needs, why, free | drafts)
+        # Drafts make it faster and change no caption.
+        drafts = {} if draft is None else {"draft": self._path(draft)}
+        why = f"{', '.join(prompts)} of every image{', one encode for all' if models is not None else ''}"
+        self._add(f"{name}/recaption", "recaption", settings, needs, why, free | drafts, after)
         if not self.has_truth and self.recipe.gates.asks_hallucination:
             probe = {**settings, "temperature": PROBE_TEMPERATURE, "limit": self.recipe.gates.probe}
-            self._add(
-                f"{name}/again", "recaption", probe, [SOURCE, model], "sampled, to see what is made up", free
-            )
+            self._add(f"{name}/again", "recaption", probe, needs, "sampled, to see what is made up", free)
 
     def _gate(self, name: str, before: str | None) -> None:
         settings: dict[str, Any] = {
@@ -203,15 +221,24 @@ class _Seed:
             needs.append(f"{name}/again")
         self._add(f"{name}/gate", "gate", settings, needs, "are these captions fit to train on?")
 
-    def _captions(self, name: str, settings: dict[str, Any], needs: Sequence[str], why: str) -> None:
+    def _captions(
+        self, name: str, settings: dict[str, Any], needs: Sequence[str], why: str, after: Sequence[str] = ()
+    ) -> None:
         """A file of what is trained on: one line for each image of the source."""
         if needs:
             settings = {**settings, "originals": self._path("round-0/captions")}
         else:
             settings, needs = {**settings, "source": self.images}, (SOURCE,)
-        self._add(name, "captions", settings, needs, why)
+        self._add(name, "captions", settings, needs, why, after=after)
 
-    def _model(self, name: str, why: str, captions: str | None = None, longer: int = 1) -> None:
+    def _model(
+        self,
+        name: str,
+        why: str,
+        captions: str | None = None,
+        longer: int = 1,
+        after: Sequence[str] = (),
+    ) -> None:
         """Train on the captions of `name`, then measure."""
         captions = captions or f"{name}/captions"
         recipe = self.recipe.train_recipe(
@@ -220,11 +247,13 @@ class _Seed:
         if longer > 1:
             stage = recipe["stage"][self.recipe.captions_stage]
             stage |= {key: stage[key] * longer for key in ("steps", "epochs") if stage.get(key) is not None}
-        self._train(f"{name}/train", recipe, (SOURCE, captions), why)
+        self._train(f"{name}/train", recipe, (SOURCE, captions), why, after)
         self._evaluate(f"{name}/evaluate", f"{name}/train", self.recipe.evaluate.dev, "on the dev split")
 
-    def _train(self, name: str, recipe: dict[str, Any], needs: Sequence[str], why: str) -> None:
-        self._add(name, "train", training_that_decides(recipe), needs, why, {"recipe": recipe})
+    def _train(
+        self, name: str, recipe: dict[str, Any], needs: Sequence[str], why: str, after: Sequence[str] = ()
+    ) -> None:
+        self._add(name, "train", training_that_decides(recipe), needs, why, {"recipe": recipe}, after)
 
     def _evaluate(self, name: str, model: str, scenes: Scenes | None, why: str) -> None:
         evaluate = self.recipe.evaluate
@@ -259,6 +288,7 @@ class _Seed:
         self._model("oracle", "the ceiling: trained on true captions")
         if oracle.min_gap is not None:
             self._compare("oracle/gap", "round-0", "oracle", (oracle.metric,), oracle.min_gap)
+            self.before_rounds = ("oracle/gap",)
 
     def _compare(
         self, name: str, before: str, after: str, metrics: Sequence[str], margin: float | None
@@ -281,13 +311,12 @@ class _Seed:
         best = self.rounds.best
         if "steps" in self.recipe.control.kinds:
             why = f"original captions, {1 + best} times the steps of {self._stage()}"
-            self._model("control-steps", why, captions="round-0/captions", longer=1 + best)
+            self._model("control-steps", why, "round-0/captions", 1 + best, self.after_rounds)
         if "length" in self.recipe.control.kinds and best:
             settings = {"mode": "unrelated", "like": self._path(f"round-{best}/captions"), "seed": self.seed}
             needs = ("round-0/captions", f"round-{best}/captions")
-            self._captions(
-                "control-length/captions", settings, needs, "originals made as long by unrelated ones"
-            )
+            why = "originals made as long by unrelated ones"
+            self._captions("control-length/captions", settings, needs, why, self.after_rounds)
             self._model("control-length", "as long captions that say nothing more")
 
     def _stage(self) -> str:
@@ -298,21 +327,26 @@ class _Seed:
         for specialist in self.recipe.specialist:
             self._specialist(specialist, best)
         generalist = self.recipe.generalist
+        together = self._asked_together()
+        if together:
+            self._ask_together()
         groups = {"vila2": list(self.recipe.specialist)}
         if generalist.each and len(self.recipe.specialist) > 1:
             groups = {f"vila2-{s.name}": [s] for s in self.recipe.specialist} | groups
         for name, members in groups.items():
-            outputs = [f"specialist-{s.name}/recaption" for s in members]
+            asked = [TOGETHER] if together else [f"specialist-{s.name}" for s in members]
             settings: dict[str, Any] = {
                 "mode": "turns",
-                "outputs": [self._path(output) for output in outputs],
+                "outputs": [self._path(f"{where}/recaption") for where in asked],
+                "prompts": [prompt for s in members for prompt in s.prompt],
             }
-            needs = ["round-0/captions", *outputs, *(f"specialist-{s.name}/gate" for s in members)]
+            needs = ["round-0/captions", *(f"{where}/recaption" for where in asked)]
             if generalist.onto == "round":
                 settings["onto"] = self._path(f"{best}/captions")
                 needs.append(f"{best}/captions")
             who = ", ".join(s.name for s in members)
-            self._captions(f"{name}/captions", settings, needs, f"answers of {who} as questions and answers")
+            why = f"answers of {who} as questions and answers"
+            self._captions(f"{name}/captions", settings, needs, why, [f"{where}/gate" for where in asked])
             self._model(name, f"the generalist with the answers of {who}")
 
     def _specialist(self, specialist: Specialist, best: str) -> None:
@@ -340,15 +374,41 @@ class _Seed:
             "out": self._path(f"{name}/train"),
             "stage": stages,
         }
-        self._train(f"{name}/train", recipe, needs, f"{best} after {self._stage()}, on its own data")
+        why = f"{best} after {self._stage()}, on its own data"
+        self._train(f"{name}/train", recipe, needs, why, self.after_rounds)
         self._evaluate(f"{name}/evaluate", f"{name}/train", self.recipe.evaluate.dev, "at its own task")
         checked: list[str] = []
         if specialist.must_beat:
             self._compare(f"{name}/check", best, name, specialist.must_beat, None)
             checked.append(f"{name}/check")
+        if not self._asked_together():
+            number = self.rounds.last + 1
+            self._recaption(name, f"{name}/train", specialist.prompt, number, after=checked)
+            self._gate(name, None)
+
+    def _asked_together(self) -> bool:
+        """Whether one encode of an image serves every specialist: they see with the same tower and projector, none
+        runs elsewhere, and their wordings tell their prompts apart."""
+        recipe = self.recipe
+        if len(recipe.specialist) < 2 or recipe.launch.recaption is not None:
+            return False
+        own_wordings = any(name in recipe.recaption for name in ("prompt_file", "prompt_template"))
+        other_backend = recipe.recaption.get("backend", "native") != "native"
+        prompts = [prompt for specialist in recipe.specialist for prompt in specialist.prompt]
+        return not (
+            own_wordings
+            or other_backend
+            or len(set(prompts)) < len(prompts)
+            or any(trains_vision(specialist) for specialist in recipe.specialist)
+        )
+
+    def _ask_together(self) -> None:
+        members = self.recipe.specialist
+        models = {prompt: f"specialist-{s.name}/train" for s in members for prompt in s.prompt}
+        checked = [f"specialist-{s.name}/check" for s in members if s.must_beat]
         number = self.rounds.last + 1
-        self._recaption(name, f"{name}/train", specialist.prompt, number, after=checked)
-        self._gate(name, None)
+        self._recaption(TOGETHER, next(iter(models.values())), list(models), number, None, checked, models)
+        self._gate(TOGETHER, None)
 
     def _checkpoint(self, model: str, stage: int) -> str:
         """The checkpoint of a training after one of its stages."""

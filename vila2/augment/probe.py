@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vila2.augment.boxes import FILE_NAME as BOXES_FILE
 from vila2.augment.carry import device_of, recaption_settings
 from vila2.augment.context import Context
 from vila2.augment.loop import State
@@ -76,7 +77,10 @@ def estimate(recipe: LoopRecipe) -> LoopEstimate:
     started = time.monotonic()
     left = [step for step in steps if not state.is_complete(step)]
     found: list[StepEstimate] = []
-    with _Probe(recipe, run, state) as probe:
+    boxes = {
+        str(run / step.name / BOXES_FILE): step.settings["path"] for step in steps if step.kind == "boxes"
+    }
+    with _Probe(recipe, run, state, boxes) as probe:
         for step in left:
             seconds, disk, basis = probe.measure(step)
             hours = seconds / 3600
@@ -104,8 +108,9 @@ def estimate(recipe: LoopRecipe) -> LoopEstimate:
 class _Probe:
     """A small copy of the run in a temporary folder, made piece by piece as measures are asked for."""
 
-    def __init__(self, recipe: LoopRecipe, run: Path, state: State) -> None:
+    def __init__(self, recipe: LoopRecipe, run: Path, state: State, boxes: Mapping[str, str]) -> None:
         self.recipe, self.run, self.state = recipe, run, state
+        self._boxes = boxes  # what a filter will write -> what it will read: the probe takes that
         self._stack = ExitStack()
         self._measured: dict[str, tuple[float, float]] = {}  # what -> seconds and bytes a unit
         self._source: tuple[str, int, float, float] | None = None
@@ -237,7 +242,8 @@ class _Probe:
             for entry in stage["data"]:
                 own = entry.get("kind") == "recaption" and str(entry.get("path")).startswith(str(self.run))
                 where = {"path": str(self._captions(long)), "image_root": self._images()[0]}
-                data.append({**entry, **where} if own else dict(entry))
+                filtered = {"path": self._boxes[entry["path"]]} if entry.get("path") in self._boxes else {}
+                data.append({**entry, **where} if own else {**entry, **filtered})
             stages.append({**stage, "data": data, "eval": []})
         if str(values.get("base", "")).startswith(str(self.run)):
             values["base"] = self._model()

@@ -68,7 +68,9 @@ class RoundSettings(_Settings):
     min: Annotated[int, Field(ge=0)] = 1  # rounds before saturation may stop the loop
     merge: Literal["concat", "replace"] = "concat"
     prompt: tuple[str, ...] = ("detailed",)  # several wordings of one prompt: one is drawn for each image
-    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the images, the first ones; the rest keep theirs
+    fraction: Annotated[float, Field(gt=0, le=1)] = (
+        1.0  # of the images, from the start of each process's share; the rest keep theirs
+    )
     draft: bool = True  # from round 2 on the captions of the round before are tried as drafts
 
     @field_validator("prompt", mode="before")

@@ -24,18 +24,30 @@ BEGUN = "begun.json"
 @dataclass(frozen=True, slots=True)
 class Step:
     """`settings`: all that decides what comes out, as JSON values. `needs`: the steps whose folders it reads.
-    `free`: what only decides how it is carried out. `why`: in a few words, for the plan."""
+    `after`: those that only have to be through, such as gates. `free`: what only decides how it is carried out.
+    `why`: in a few words, for the plan."""
 
     name: str
     kind: Kind
     settings: dict[str, Any]
     needs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     free: dict[str, Any] = field(default_factory=dict)
     why: str = ""
 
     def key(self, digests: Mapping[str, str]) -> str:
         """What names this step's outcome, given the digests of its inputs."""
         return digest_of([self.kind, self.settings, {need: digests[need] for need in self.needs}])
+
+    @property
+    def waits_for(self) -> tuple[str, ...]:
+        """Every step that has to be complete before this one begins."""
+        return (*self.needs, *self.after)
+
+    @property
+    def is_judgement(self) -> bool:
+        """One that takes next to nothing, and is done anew when the recipe judges otherwise."""
+        return self.kind in ("gate", "gain", "compare")
 
     def folder(self, run: Path) -> Path:
         return run / self.name

@@ -6,7 +6,7 @@ two of them differ in their texts and in nothing else.
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
@@ -75,7 +75,7 @@ def _new(settings: Mapping[str, Any]) -> Records:
 
 def _turns(settings: Mapping[str, Any]) -> Records:
     """A caption, and the answers of specialists as questions and answers after it."""
-    answers = _Answers(settings["outputs"], with_questions=True)
+    answers = _Answers(settings["outputs"], with_questions=True, prompts=settings.get("prompts"))
     records = read_captions(Path(settings["onto"])) if "onto" in settings else _originals(settings)
     return _joined(records, answers, lambda record, turns: merge(record["text"], turns, "qa"))
 
@@ -148,8 +148,10 @@ def _with(record: dict[str, Any], merged: Merged | None) -> dict[str, Any]:
 class _Answers:
     """The good captions of several outputs, image by image, read side by side in order of shard and index."""
 
-    def __init__(self, outputs: Iterable[str], with_questions: bool) -> None:
-        self._outputs = [_Output(Path(output), with_questions) for output in outputs]
+    def __init__(
+        self, outputs: Iterable[str], with_questions: bool, prompts: Sequence[str] | None = None
+    ) -> None:
+        self._outputs = [_Output(Path(output), with_questions, prompts) for output in outputs]
 
     def of(self, record: Mapping[str, Any]) -> list[Turn]:
         place = (record["shard"], record["index"])
@@ -157,9 +159,9 @@ class _Answers:
 
 
 class _Output:
-    def __init__(self, folder: Path, with_questions: bool) -> None:
+    def __init__(self, folder: Path, with_questions: bool, prompts: Sequence[str] | None) -> None:
         self._finished = Finished(folder)
-        self._with_questions = with_questions
+        self._with_questions, self._prompts = with_questions, prompts
         missing = self._finished.prompts.question_fields - set(BUILTIN_FIELDS)
         if with_questions and missing:
             raise UsageError(
@@ -175,7 +177,11 @@ class _Output:
             self._next()
         if self._here is None or self._here[0] != place:
             return []
-        good = [row for row in self._here[1] if row["status"] == Status.OK.value]
+        good = [
+            row
+            for row in self._here[1]
+            if row["status"] == Status.OK.value and (self._prompts is None or row["prompt"] in self._prompts)
+        ]
         order = {name: number for number, name in enumerate(self._finished.prompts.names)}
         good.sort(key=lambda row: order.get(row["prompt"], len(order)))
         return [Turn(self._question(row, record), row["caption"]) for row in good]

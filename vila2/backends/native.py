@@ -27,6 +27,7 @@ from vila2.backends.engine_dir import (
 )
 from vila2.config import RecaptionSettings
 from vila2.engine.engine import Engine, EngineLimits
+from vila2.engine.gpu_memory import kv_budget
 from vila2.engine.sequence import EngineRequest, Finished, ImageSpan
 from vila2.errors import UsageError
 from vila2.model.checkpoint import LoadedCheckpoint, load_checkpoint
@@ -64,6 +65,17 @@ class NativeCaptioner:
             kv_dtype=plan.kv_dtype,
         )
         self._under_way: dict[int, CaptionRequest] = {}
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether images may as well be decoded there."""
+        return self.engine.runner.device.type == "cuda"
+
+    @property
+    def square_side(self) -> int | None:
+        """The side that `prepare` resizes every image to, if it does nothing else to it."""
+        processor = self.checkpoint.image_processor
+        return processor.image_size if processor.mode == "resize" else None
 
     def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
         """One RGB image (height, width, 3) to the model's tiles."""
@@ -122,7 +134,11 @@ class NativeCaptioner:
     def _draft_tokens(self, request: CaptionRequest) -> tuple[int, ...]:
         # A token is seldom longer than this; what lies far beyond the longest caption is of no use.
         text = request.draft.strip()[: 16 * request.sampling.max_new_tokens]
-        return tuple(self.checkpoint.tokenizer.encode(text)) if text else ()
+        if not text:
+            return ()
+        if not self.engine.word_starts:
+            self.engine.word_starts = self.checkpoint.tokenizer.word_starts()
+        return tuple(self.checkpoint.tokenizer.encode(text))
 
     def _caption(self, finished: Finished) -> Caption:
         request = self._under_way.pop(finished.id)
@@ -170,6 +186,7 @@ def open_native(settings: RecaptionSettings) -> NativeCaptioner:
         deterministic=settings.deterministic,
         max_new_tokens=settings.max_new_tokens,
         resize=settings.resize,
+        gpu_memory=settings.gpu_memory,
     )
 
 
@@ -184,12 +201,14 @@ def open_checkpoint(
     deterministic: bool = False,
     max_new_tokens: int = 256,
     resize: str = "exact",
+    gpu_memory: float = 0.9,
 ) -> NativeCaptioner:
     """Open a checkpoint, or an engine directory that was built from one (see vila2.backends.engine_dir).
 
     `precision` "auto" is the engine's own, or bf16. `batch_size` is the number of sequences decoded together
     (default: by the device and its memory); `max_new_tokens` is only the usual length, by which the cache is sized;
-    `resize` is exact (Pillow's pixels) or fast (see `ImageProcessor.exact`).
+    `resize` is exact (Pillow's pixels) or fast (see `ImageProcessor.exact`); `gpu_memory` is the share of a card that
+    may be used in all.
     """
     if template is not None:
         check_template(template)
@@ -205,7 +224,7 @@ def open_checkpoint(
         name = Path(path).resolve().name
     processor = replace(checkpoint.image_processor, exact=resize == "exact")
     checkpoint = replace(checkpoint, image_processor=processor)
-    limits = size_engine(checkpoint, plan, device, batch_size, max_new_tokens)
+    limits = size_engine(checkpoint, plan, device, batch_size, max_new_tokens, gpu_memory)
     return NativeCaptioner(checkpoint, plan, name, template or checkpoint.config.template, limits)
 
 
@@ -235,7 +254,12 @@ def _load(
 
 
 def size_engine(
-    checkpoint: LoadedCheckpoint, plan: ComputePlan, device: str, batch_size: int | None, max_new_tokens: int
+    checkpoint: LoadedCheckpoint,
+    plan: ComputePlan,
+    device: str,
+    batch_size: int | None,
+    max_new_tokens: int,
+    gpu_memory: float = 0.9,
 ) -> EngineLimits:
     """Batch sizes for the device, and a cache for the batch within a share of the free memory.
 
@@ -245,20 +269,34 @@ def size_engine(
     bytes_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * plan.kv_dtype.itemsize
     # An image at its largest (dynamic tiles) and about 256 tokens of text beside the caption.
     usual = min(checkpoint.image_processor.max_tokens + 256 + max_new_tokens, config.max_positions)
-    budget = 0.8 * torch.cuda.mem_get_info()[0] if device == "cuda" else 0.4 * available_memory()
+    max_num_seqs = batch_size or (256 if device == "cuda" else 64)
+    max_batch_tokens = max(8192 if device == "cuda" else 512, max_num_seqs)
+    vision_batch = 64 if device == "cuda" else 8
+    budget = 0.4 * available_memory()
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        budget = kv_budget(
+            checkpoint.config,
+            free=free,
+            total=total,
+            share=gpu_memory,
+            max_batch_tokens=max_batch_tokens,
+            max_num_seqs=max_num_seqs,
+            vision_batch=vision_batch,
+        )
     most = int(budget // bytes_per_token)
     if most < usual:
         raise UsageError(
             f"the KV cache of one sequence ({usual} tokens) needs {usual * bytes_per_token / 2**20:.0f} MiB, "
             f"but {budget / 2**20:.0f} MiB may be used: lower --max-new-tokens or free memory"
         )
-    max_num_seqs = batch_size or (256 if device == "cuda" else 64)
     num_kv_tokens = min(most, max_num_seqs * usual + usual)
     if batch_size is None:
         max_num_seqs = max(1, min(max_num_seqs, num_kv_tokens // usual))
     return EngineLimits(
         max_num_seqs=max_num_seqs,
-        max_batch_tokens=max(8192 if device == "cuda" else 512, max_num_seqs),
-        vision_batch=64 if device == "cuda" else 8,
+        max_batch_tokens=max_batch_tokens,
+        vision_batch=vision_batch,
         num_kv_tokens=num_kv_tokens,
+        burst=8 if device == "cuda" else 1,
     )

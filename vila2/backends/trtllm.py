@@ -322,6 +322,11 @@ def open_trtllm(settings: RecaptionSettings) -> TrtllmCaptioner:
     if settings.engine is not None:
         engine = read_engine(Path(settings.engine).expanduser())
         check_engine(engine, api)
+        if settings.precision not in ("auto", engine.spec.precision):
+            raise UsageError(
+                f"{engine.path} was built for {engine.spec.precision}, not {settings.precision}: "
+                "leave --precision out, or build another engine"
+            )
         most = engine.spec.limits["max_new_tokens"]
         if settings.max_new_tokens > most:
             raise UsageError(

@@ -162,9 +162,15 @@ def _replaced_processor(api: Api) -> Iterator[None]:
     from tensorrt_llm.inputs.registry import INPUT_PROCESSOR_REGISTRY
 
     class TokensOnly(_Attach, VilaInputProcessor):  # type: ignore[misc]
+        tokenizer: Any = None  # attributes here, properties in newer versions of the class above
+        config: Any = None
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            bound = signature(VilaInputProcessor.__init__).bind(self, *args, **kwargs).arguments
-            self.model_config, self.tokenizer = bound["model_config"], bound["tokenizer"]
+            given = signature(VilaInputProcessor.__init__).bind(self, *args, **kwargs).arguments
+            self.tokenizer = self._tokenizer = given["tokenizer"]
+            self.config = self._config = given.get("config", given.get("model_config"))
+            self.model_config, self._model_path = self.config, given.get("model_path")
+            self._multimodal_hashing_supported = False
 
     table = INPUT_PROCESSOR_REGISTRY._input_processors_cls_by_model_type
     before = table[VilaModel]

@@ -69,7 +69,26 @@ def _uses(extension: dict[str, Any], has_gpu: bool) -> dict[str, str]:
     decode = (
         "simplejpeg for JPEG, Pillow for the rest" if find_spec("simplejpeg") else "Pillow (no simplejpeg)"
     )
-    return {"device": "cuda" if has_gpu else "cpu", "image decode": decode, "model": model}
+    return {
+        "device": "cuda" if has_gpu else "cpu",
+        "image decode": decode,
+        "model": model,
+        "--backend trtllm": _tensorrt_llm(),
+        "--backend http": "any OpenAI-compatible server"
+        if find_spec("httpx")
+        else "needs httpx (extra http)",
+    }
+
+
+def _tensorrt_llm() -> str:
+    """What of that backend was ever run: it cannot be told from here whether it fits the package that is installed."""
+    state = (
+        "tensorrt_llm is not installed" if not _has_module("tensorrt_llm") else "tensorrt_llm is installed"
+    )
+    return (
+        f"{state}; written from its public source and tested against a stand-in of both its generations, "
+        "never yet run against the real package: bench/trtllm_check.py does the whole round here"
+    )
 
 
 def _extension() -> dict[str, Any]:

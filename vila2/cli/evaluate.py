@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from vila2.config import DEFAULT_MODEL
+
 if TYPE_CHECKING:
     from vila2.evaluate import Comparison, Estimate, Evaluation
     from vila2.evaluate.judge import Judgement
@@ -39,6 +41,7 @@ click.rich_click.OPTION_GROUPS["*evaluate"] = [
     {"name": "Output", "options": ["--details", "--out", "--json", "--help"]},
 ]
 
+_DEFAULT_NOTE = "no CHECKPOINT: measuring nano, which ships with vila2-fast"
 _WIDE = 1000  # columns: wider than any table
 
 
@@ -140,17 +143,19 @@ def evaluate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure CHECKPOINT on scenes whose truth is known, with 95 % intervals over scenes.
+    """Measure CHECKPOINT (nano, if none is given) on scenes whose truth is known, with 95 % intervals over scenes.
 
     Or compare two such results; or score captions that are there; or let a judge choose between two files of them.
 
     \b
-    vila2-fast evaluate CKPT --tasks all --scenes 1000 --out ckpt.json
-    vila2-fast evaluate CKPT --tasks captions,presence --style second
+    vila2-fast evaluate CKPT --scenes 1000 --objects 1-4 --out ckpt.json
+    vila2-fast evaluate RUN/03-sft/checkpoint --tasks captions,presence --scenes 100
     vila2-fast evaluate --compare before.json after.json
     vila2-fast evaluate --captions out/ --references coco.json
     vila2-fast evaluate --pairs a.jsonl b.jsonl --judge-url URL --judge-model NAME
     """
+    from vila2.evaluate.evaluation import make_room
+
     given = {
         "CHECKPOINT": checkpoint,
         "--compare": compare,
@@ -158,9 +163,12 @@ def evaluate(
         "--pairs": pairs,
     }
     chosen = [name for name, value in given.items() if value]
-    if len(chosen) != 1:
-        what = " and ".join(chosen) or "nothing"
-        raise click.UsageError(f"give one of CHECKPOINT, --compare, --captions and --pairs, not {what}")
+    if len(chosen) > 1:
+        raise click.UsageError(
+            f"give one of CHECKPOINT, --compare, --captions and --pairs, not {' and '.join(chosen)}"
+        )
+    if out:
+        make_room(out)
     if compare:
         _compare(*compare, details, as_json)
     elif pairs:
@@ -168,7 +176,9 @@ def evaluate(
     elif captions:
         _report(_score(captions, options), out, details, as_json)
     else:
-        _report(_measure(str(checkpoint), options), out, details, as_json)
+        if not checkpoint:
+            print(_DEFAULT_NOTE, file=sys.stderr)
+        _report(_measure(checkpoint or DEFAULT_MODEL, options), out, details, as_json)
 
 
 def _measure(checkpoint: str, options: dict[str, Any]) -> "Evaluation":

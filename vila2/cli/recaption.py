@@ -31,11 +31,15 @@ click.rich_click.OPTION_GROUPS["*recaption"] = [
             "--retry", "--no-retry", "--truncation", "--ignore-eos", "--deterministic", "--draft",
         ],
     },
-    {"name": "Which images", "options": ["--max-pixels", "--min-side", "--max-aspect", "--orientation", "--resize"]},
+    {
+        "name": "Which images",
+        "options": ["--max-pixels", "--min-side", "--max-aspect", "--orientation", "--decoder", "--resize"],
+    },
     {
         "name": "Machine and scale",
         "options": [
-            "--device", "--precision", "--backend", "--batch-size", "--threads", "--decode-workers", "--limit",
+            "--device", "--precision", "--gpu-memory", "--backend", "--batch-size", "--threads", "--decode-workers",
+            "--limit",
             "--rank", "--world-size", "--rows-per-part",
         ],
     },
@@ -107,7 +111,7 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
     "--draft",
     metavar="WHAT",
     help="What captions will resemble, to write the same ones faster: original, column:NAME, the output folder of "
-    "an earlier run, off, or auto (the original from --round 2 on). [auto]",
+    "an earlier run, off, or auto (the original from --round 2 on). Only the native backend can. [auto]",
 )
 @_flag("deterministic", "The same bytes whatever the batch size, the resume point or the ranks.")
 @click.option(
@@ -124,11 +128,22 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
     "--orientation", type=click.Choice(["apply", "ignore"]), help="What to do with EXIF orientation. [apply]"
 )
 @click.option(
+    "--decoder",
+    type=click.Choice(["auto", "dali", "cpu"]),
+    help="What decodes JPEGs: DALI (the GPU's nvJPEG), or this machine's CPU. [auto: DALI beside a model on a GPU]",
+)
+@click.option(
     "--resize",
     type=click.Choice(["exact", "fast"]),
     help="Pillow's own pixels, or 2 to 10 times faster and at most 2 grey levels away. [exact]",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[auto]")
+@click.option(
+    "--gpu-memory",
+    type=float,
+    metavar="SHARE",
+    help="The share of a GPU's memory that may be used in all. [0.9]",
+)
 @click.option(
     "--precision", type=click.Choice(["auto", "float32", "bf16", "int8", "fp8", "int4"]), help="[auto: bf16]"
 )

@@ -2,12 +2,14 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import rich_click as click
 
 if TYPE_CHECKING:
     from vila2.train.estimate import RunEstimate
+    from vila2.train.progress import TrainProgress
     from vila2.train.recipe import Recipe
     from vila2.train.trainer import RunSummary
 
@@ -64,7 +66,7 @@ def _train(recipe: "Recipe", until: str | None, as_json: bool) -> int:
     from vila2.train.trainer import Trainer
 
     interrupts = Interrupts(grace_s=_FOREVER)
-    with interrupts.installed(), shown(as_json) as show:
+    with interrupts.installed(), shown(as_json) if _is_first() else nullcontext(_nothing) as show:
         trainer = Trainer(recipe, observe=show, interrupts=interrupts, until=until)
         summary = trainer.run()
     if not trainer.is_main:
@@ -86,13 +88,22 @@ def _dry_run(recipe: "Recipe", as_json: bool) -> int:
     from vila2.train.estimate import estimate
 
     result = estimate(recipe)
-    if os.environ.get("RANK", "0") != "0":  # a launcher's other processes have the same figures
+    if not _is_first():
         return 0
     if as_json:
         print_event("estimate", asdict(result))
     else:
         print(_describe_estimate(result))
     return 0
+
+
+def _is_first() -> bool:
+    """Is this the one of a launcher's processes that speaks for all? Known before they have joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _nothing(progress: "TrainProgress") -> None:
+    pass
 
 
 def _describe(summary: "RunSummary") -> str:

@@ -8,6 +8,7 @@ draft, and where they do not occur the lost token is taken to stand for one of t
 
 from collections import defaultdict
 from collections.abc import Sequence as Seq
+from collections.abc import Set
 
 MAX_MATCH = 4  # tokens before a place that are compared; more say nothing new
 # How far from its expected place a match of so many tokens is believed: a lone comma proves little.
@@ -43,10 +44,14 @@ class Acceptance:
 
 
 class Draft:
-    """One sequence's draft. `next` is the place in `tokens` that the output is believed to come to next."""
+    """One sequence's draft. `next` is the place in `tokens` that the output is believed to come to next.
 
-    def __init__(self, tokens: Seq[int]) -> None:
+    `word_starts` are the tokens that begin a word or stand for themselves; without them each token is a word.
+    """
+
+    def __init__(self, tokens: Seq[int], word_starts: Set[int] = frozenset()) -> None:
         self.tokens = tuple(tokens)
+        self._word_starts = word_starts
         self.next = 0
         self.num_matched = 1  # a caption begins where its draft does: as good as one matched token
         self._places: dict[int, list[int]] = defaultdict(list)
@@ -74,7 +79,7 @@ class Draft:
 
     def _look_up(self, output: Seq[int], end: int) -> None:
         """Find the place after the tokens before `output[end]`: the longest match, the nearest among equals."""
-        expected = min(self.next + 1, len(self.tokens))
+        expected = self._after(output[end - 1])
         best = (0, 0, expected)
         for place in self._places.get(output[end - 1], ()):
             length = 1
@@ -85,6 +90,20 @@ class Draft:
             if length >= len(_REACH) or distance <= _REACH[length]:
                 best = max(best, (length, -distance, place + 1))
         self.num_matched, _, self.next = best
+
+    def _after(self, token: int) -> int:
+        """Where the output goes on if `token` stands for what the draft has next: one word for another."""
+        if not self._is_start(token) and (
+            self.next == len(self.tokens) or self._is_start(self.tokens[self.next])
+        ):
+            return self.next  # the output's word is longer than the draft's
+        place = min(self.next + 1, len(self.tokens))
+        while place < len(self.tokens) and not self._is_start(self.tokens[place]):
+            place += 1
+        return place
+
+    def _is_start(self, token: int) -> bool:
+        return not self._word_starts or token in self._word_starts
 
     def learn(self, acceptance: Acceptance, num_tried: int, num_right: int) -> None:
         """Note what became of a step: of `num_tried` tokens `num_right` were right. Call it before `follow`."""

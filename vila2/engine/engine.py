@@ -6,7 +6,7 @@ the model, samples, and ends what has ended. Stop strings need text, so the call
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vila2.engine.blocks import BlockPool
+from vila2.engine.cuda_graphs import DecodeBursts
 from vila2.engine.repetition import find_loop, new_runs, update_runs
 from vila2.engine.runner import ModelRunner
 from vila2.engine.sampler import sample_tokens
@@ -36,6 +37,7 @@ class EngineLimits:
     num_kv_tokens: int = 32 * 1024
     block_size: int = 16
     max_kept_images: int = 64  # encoded images kept for siblings that have not come yet
+    burst: int = 1  # steps of decoding between two looks of the host; more than 1 is for CUDA
     max_draft: int = MAX_DRAFT  # drafted tokens that a sequence may verify in a step; 0 leaves drafts unused
 
 
@@ -82,8 +84,10 @@ class Engine:
     kv_dtype: torch.dtype = torch.float32
     counters: Counters = field(default_factory=Counters)
     speculator: Speculator = field(default_factory=Speculator)
+    word_starts: Set[int] = frozenset()  # see vila2.engine.draft
     scheduler: Scheduler = field(init=False)
     runner: ModelRunner = field(init=False)
+    bursts: DecodeBursts | None = field(init=False, default=None)
     _encoded: OrderedDict[Hashable, _Encoded] = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
@@ -92,6 +96,11 @@ class Engine:
         pool = BlockPool(num_blocks, limits.block_size)
         self.scheduler = Scheduler(pool, limits.max_num_seqs, limits.max_batch_tokens)
         self.runner = ModelRunner(self.model, num_blocks, limits.block_size, self.kv_dtype)
+        if limits.burst > 1:
+            self.bursts = DecodeBursts(
+                self.runner, limits.max_num_seqs, self.max_total_tokens(), self.eos_ids, limits.burst
+            )
+            self.bursts.warm_up()
 
     @property
     def num_unfinished(self) -> int:
@@ -113,7 +122,7 @@ class Engine:
                 f"the prompt has {len(request.token_ids)} tokens; this engine has room for "
                 f"{self.max_total_tokens() - 1} and one new one"
             )
-        sequence = start_sequence(replace(request, draft=self._usable(request.draft)))
+        sequence = start_sequence(replace(request, draft=self._usable(request.draft)), self.word_starts)
         if request.sampling.repetition:
             sequence.loop_runs = new_runs(request.sampling.repetition)
         if request.images:
@@ -133,6 +142,8 @@ class Engine:
         if not step.chunks:
             return []
         self._add_drafts(step)
+        if self.bursts is not None and (count := self.bursts.length(step.chunks, self.scheduler)):
+            return self._run_burst(self.bursts, step, count)
         start = time.perf_counter()
         self.runner.copy(step.copies)
         embeddings = [self._embeddings(chunk.sequence) for chunk in step.chunks]
@@ -149,6 +160,29 @@ class Engine:
         self.counters.steps += 1
         self.counters.computed_tokens += sum(chunk.num_rows for chunk in step.chunks)
         self.counters.sequence_steps += len(wanting)
+        return finished
+
+    def _run_burst(self, bursts: DecodeBursts, step: Step, count: int) -> list[Finished]:
+        """`count` tokens for every sequence of a step that only decodes. Those after an end are thrown away."""
+        start = time.perf_counter()
+        self.runner.copy(step.copies)
+        sequences = [chunk.sequence for chunk in step.chunks]
+        new = bursts.run(sequences, count)
+        self.runner.copy(self.scheduler.advance(step))
+        finished = []
+        for sequence, tokens in zip(sequences, new, strict=True):
+            for place, token in enumerate(tokens):
+                sequence.num_computed += place > 0
+                self.counters.new_tokens += 1
+                if end := self._append(sequence, token):
+                    finished.append(end)
+                    break
+            else:
+                self.speculator.learn(sequence, 0, 0, count)
+        self.counters.language_s += time.perf_counter() - start
+        self.counters.steps += count
+        self.counters.computed_tokens += count * len(sequences)
+        self.counters.sequence_steps += count * len(sequences)
         return finished
 
     # Drafts

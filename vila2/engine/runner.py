@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vila2.engine.blocks import BlockCopy
 from vila2.engine.scheduler import Chunk
+from vila2.engine.vision_stream import VisionStream
 from vila2.model.images import PreparedImage
 from vila2.model.vlm import VisionLanguageModel
 from vila2.ops.attention import paged_attention, rope_store
@@ -28,12 +29,20 @@ class PagedAttend:
     cos: Tensor
     sin: Tensor
     scale: float
+    longest: int | None = None  # the most rows of one sequence, where the host knows it
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache[layer].unbind(0)
         q = rope_store(q, k, v, self.positions, self.slots, self.cos, self.sin, keys, values)
         return paged_attention(
-            q, keys, values, self.block_tables, self.query_starts, self.context_lens, self.scale
+            q,
+            keys,
+            values,
+            self.block_tables,
+            self.query_starts,
+            self.context_lens,
+            self.scale,
+            self.longest,
         )
 
 
@@ -48,6 +57,7 @@ class ModelRunner:
         self.block_size = block_size
         self.scale = config.head_dim**-0.5
         self.device = model.decoder.cos.device
+        self.vision = VisionStream(self.device)
         shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
         # zeros: pages that no sequence has touched cost no memory on Linux, and a gather never meets a NaN.
         self.cache = torch.zeros(shape, dtype=kv_dtype, device=self.device)
@@ -55,7 +65,7 @@ class ModelRunner:
     @torch.inference_mode()
     def encode(self, images: list[PreparedImage]) -> list[Tensor]:
         """Visual tokens (num_tokens, hidden) of each image, in one batch."""
-        return self.model.encode_images(images)
+        return self.vision.run(lambda: self.model.encode_images(images))
 
     def copy(self, copies: list[BlockCopy]) -> None:
         """Carry out block copies, in order."""
@@ -93,6 +103,7 @@ class ModelRunner:
         self.model.decoder.logits(self.model.decoder(hidden, attend)).argmax(-1).tolist()
 
     def _embed(self, chunks: list[Chunk], embeddings: list[list[Tensor]]) -> Tensor:
+        self.vision.join()
         ids: list[int] = []
         for chunk in chunks:
             start = chunk.sequence.num_computed
@@ -152,4 +163,5 @@ class ModelRunner:
             self.model.decoder.cos,
             self.model.decoder.sin,
             self.scale,
+            longest=int(np.diff(starts).max(initial=0)),
         )

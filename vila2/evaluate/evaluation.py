@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,12 +83,24 @@ class Evaluation:
         values = self.to_json()
         records = ",\n".join(json.dumps(record, ensure_ascii=False) for record in values.pop("records"))
         head = json.dumps(values, ensure_ascii=False, indent=1).rstrip("}").rstrip()
-        path = Path(path)
+        path = make_room(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, f'{head},\n "records": [\n{records}\n]}}\n'.encode())
         except OSError as error:
             raise OutputError(f"{path}: cannot write the result: {error.strerror}") from None
+
+
+def make_room(path: str | Path) -> Path:
+    """Make the folder of a result: called before the work, so that no work is lost. OutputError if it cannot be."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write the result: {error.strerror}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        why = "it is a folder" if path.is_dir() else f"no permission in {path.parent}"
+        raise OutputError(f"{path}: cannot write the result: {why}")
+    return path
 
 
 def load_evaluation(path: str | Path) -> Evaluation:

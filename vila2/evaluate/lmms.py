@@ -1,15 +1,18 @@
 """lmms-eval drives our engine: `python -m lmms_eval --model vila2_fast --model_args checkpoint=CKPT --tasks mme`.
 
 Installing the package announces `manifest` to lmms-eval (0.7 and later) under its entry point `lmms_eval.models`.
-Requests about one document share its encode and its prefill. Only `generate_until` is there: the engine gives no
+Requests about one picture share its encode and its prefill. Only `generate_until` is there: the engine gives no
 likelihoods, and tasks of several rounds or about videos are refused by name.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from lmms_eval.api.model import lmms
+from numpy.typing import NDArray
 
 from vila2.backends.native import NativeCaptioner, open_checkpoint
 from vila2.errors import UsageError, VilaError
@@ -17,6 +20,7 @@ from vila2.types import CaptionRequest, SamplingParams
 
 NAME = "vila2_fast"
 MAX_NEW_TOKENS = 1024  # what lmms-eval's own models take where a task does not say
+MAX_RUN = 64  # requests that wait until it is known how many share a picture
 
 
 def manifest() -> Any:
@@ -50,6 +54,10 @@ class Vila2Fast(lmms):  # type: ignore[misc]  # lmms-eval has no types
         **unknown: Any,
     ) -> None:
         super().__init__()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError(
+                f"{NAME} is one process, which batches by itself: start lmms-eval without a launcher"
+            )
         path = checkpoint or pretrained
         if path is None or unknown:
             what = f"no argument {next(iter(unknown))!r}" if unknown else "no checkpoint"
@@ -85,34 +93,57 @@ class Vila2Fast(lmms):  # type: ignore[misc]  # lmms-eval has no types
         raise NotImplementedError(f"{NAME} answers single turns: choose a generate_until task")
 
     def _requests(self, requests: Sequence[Any]) -> Iterator[CaptionRequest]:
-        """Requests of one document in a row, so that its images are prepared once."""
-        groups: dict[tuple[Any, ...], list[int]] = {}
-        for i, request in enumerate(requests):
-            _, _, _, document, task, split = request.args
-            groups.setdefault((task, split, document), []).append(i)
-        for key, members in groups.items():
-            visuals: dict[Any, tuple[Any, ...]] = {}  # requests of one document may still show other images
+        for number, (images, members) in enumerate(self._runs(requests)):
             for i in members:
-                context, settings, to_visual, document, task, split = requests[i].args
-                if to_visual not in visuals:
-                    visuals[to_visual] = self._images(to_visual, self.task_dict[task][split][document], task)
+                context, settings = requests[i].args[:2]
                 yield CaptionRequest(
                     id=i,
                     prompt=context,
-                    images=visuals[to_visual],
+                    images=images,
                     sampling=sampling_of(settings),
-                    image_key=(*key, to_visual) if visuals[to_visual] else None,
-                    num_siblings=sum(requests[other].args[2] == to_visual for other in members),
+                    image_key=number if images else None,
+                    num_siblings=len(members),
                     rng_key=i,
                 )
 
-    def _images(self, to_visual: Any, document: Any, task: str) -> tuple[Any, ...]:
-        found = (to_visual(document) if to_visual is not None else None) or []
-        found = list(found) if isinstance(found, (list, tuple)) else [found]
-        if not all(hasattr(image, "convert") for image in found):
-            raise UsageError(f"{task} shows something that is no image: {NAME} sees images only")
-        prepare = self.captioner.checkpoint.image_processor.prepare
-        return tuple(prepare(np.asarray(image.convert("RGB")), len(found)) for image in found)
+    def _runs(self, requests: Sequence[Any]) -> Iterator[tuple[tuple[Any, ...], list[int]]]:
+        """Prepared images, and which requests show just these: by document, and over neighbours that look the same,
+        because many benchmarks ask of a picture in several documents, one after the other."""
+        documents: dict[tuple[Any, ...], list[int]] = {}
+        for i, request in enumerate(requests):
+            documents.setdefault(request.args[2:], []).append(i)  # what shows it, document, task, split
+        seen: bytes | None = None
+        images: tuple[Any, ...] = ()
+        members: list[int] = []
+        for (to_visual, document, task, split), of_document in documents.items():
+            pictures = _pictures(to_visual, self.task_dict[task][split][document], task)
+            digest = _digest(pictures)
+            if members and (digest != seen or len(members) >= MAX_RUN):
+                yield images, members
+                members = []
+            if not members:
+                prepare = self.captioner.checkpoint.image_processor.prepare
+                seen, images = digest, tuple(prepare(picture, len(pictures)) for picture in pictures)
+            members = members + of_document
+        if members:
+            yield images, members
+
+
+def _pictures(to_visual: Any, document: Any, task: str) -> list[NDArray[np.uint8]]:
+    """The RGB images (height, width, 3) that a task shows of a document."""
+    found = (to_visual(document) if to_visual is not None else None) or []
+    found = list(found) if isinstance(found, (list, tuple)) else [found]
+    if not all(hasattr(image, "convert") for image in found):
+        raise UsageError(f"{task} shows something that is no image: {NAME} sees images only")
+    return [np.asarray(image.convert("RGB")) for image in found]
+
+
+def _digest(pictures: Iterable[NDArray[np.uint8]]) -> bytes:
+    digest = hashlib.blake2b()
+    for picture in pictures:
+        digest.update(f"{picture.shape}".encode())
+        digest.update(np.ascontiguousarray(picture))
+    return digest.digest()
 
 
 def sampling_of(settings: Mapping[str, Any]) -> SamplingParams:

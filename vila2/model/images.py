@@ -8,14 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional
 
-Pixels = NDArray[np.uint8]
+from vila2.ops.resize import HAS_RESIZE, Interpolation, Pixels, resize_pixels
 
 MODES = ("resize", "pad", "center_crop", "dynamic", "dynamic_s2", "s2")
-INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+INTERPOLATIONS: dict[Interpolation, Image.Resampling] = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
 
 _STRIP = 8  # an image this many times longer than the crop is not resized whole
 
@@ -49,8 +51,8 @@ class ImageProcessor:
 
     The dynamic modes tile only when the request has exactly one image. `shortest_edge` says that the tower's
     processor resizes the shortest edge and crops the centre (CLIP); None, that it resizes to a square (SigLIP).
-    `tokens_per_tile` counts what the projector makes of one tile (in s2 mode: of one image). `exact`: Pillow's
-    pixels, bit for bit; otherwise a faster resize that is at most two grey levels off.
+    `tokens_per_tile` counts what the projector makes of one tile (in s2 mode: of one image). Pixels are
+    Pillow's, bit for bit; unless `exact`, a machine without our kernel may be at most two grey levels off.
     """
 
     mode: str
@@ -58,7 +60,7 @@ class ImageProcessor:
     tokens_per_tile: int
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     shortest_edge: int | None = None
-    interpolation: str = "bicubic"
+    interpolation: Interpolation = "bicubic"
     min_tiles: int = 1
     max_tiles: int = 12
     s2_scales: tuple[int, ...] = ()
@@ -179,17 +181,19 @@ class ImageProcessor:
 
 
 def resize(
-    image: Pixels, height: int, width: int, interpolation: str = "bicubic", exact: bool = True
+    image: Pixels, height: int, width: int, interpolation: Interpolation = "bicubic", exact: bool = True
 ) -> Pixels:
-    """Resize (h, w, 3) to (height, width, 3) as Pillow 13 does, whatever Pillow is installed.
+    """Resize (h, w, 3) to (height, width, 3) as Pillow 13 does, whatever Pillow is installed; or return `image`.
 
-    Each of the two passes rounds and clips to uint8, so their order matters: vertical first where the height
-    loses more than twice the pixels that the width does. Unless `exact`, the passes are torch's, whose weights
-    have 16 bits: 2 to 10 times faster, with a stray value two grey levels off.
+    Where our kernel is not built, Pillow itself does it, or unless `exact` torch: twice as fast, with weights of
+    16 bits, so that a stray value is two grey levels off.
     """
     old_height, old_width = image.shape[:2]
     if (old_height, old_width) == (height, width):
         return image
+    if HAS_RESIZE:
+        return resize_pixels(image, height, width, interpolation)
+    # Pillow before 13 has one order of the passes only: each is asked for by itself.
     if height < old_height and old_height - height > 2 * (old_width - width):
         passes = [(height, old_width), (height, width)]
     else:
@@ -201,16 +205,15 @@ def resize(
         return np.array(picture)
     if not image.flags.writeable:  # torch warns of memory that it must not write; it never would here
         image = image.copy()
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[
-        None
-    ]  # strides pick the uint8 kernel
+    # The uint8 kernel is picked by these strides.
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
     for shape in passes:
         pixels = functional.interpolate(pixels, size=shape, mode=interpolation, antialias=True)
     return np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy())
 
 
 def resize_and_crop(
-    image: Pixels, shortest_edge: int, size: int, interpolation: str = "bicubic", exact: bool = True
+    image: Pixels, shortest_edge: int, size: int, interpolation: Interpolation = "bicubic", exact: bool = True
 ) -> Pixels:
     """Resize the shortest edge, then crop the centre to `size` x `size`, black where the image is smaller.
 

@@ -8,10 +8,10 @@ import re
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from vila2.model.vision import LayerNorm
 from vila2.ops.activations import gelu
+from vila2.ops.downsample import downsample, downsample_norm
 from vila2.ops.linear import Linear
 
 # Features of factor x factor neighbours are joined into one token.
@@ -62,16 +62,21 @@ class Downsample(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(tiles, side * side, width) to (tiles, tokens, factor * factor * width); a token's parts in row order."""
-        tiles, count, width = features.shape
-        side, factor = math.isqrt(count), self.factor
-        padding = -side % factor
-        grid = features.reshape(tiles, side, side, width)
-        if padding:
-            grid = functional.pad(grid, (0, 0, 0, padding, 0, padding))
-        cells = (side + padding) // factor
-        grid = grid.reshape(tiles, cells, factor, cells, factor, width)
-        order = (0, 3, 1, 2, 4, 5) if self.column_major else (0, 1, 3, 2, 4, 5)
-        return grid.permute(order).reshape(tiles, cells * cells, factor * factor * width)
+        return downsample(features, self.factor, self.column_major)
+
+
+class DownsampleSequential(nn.Sequential):
+    """A `Downsample`, the norm after it in the same pass over memory, and then the rest."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(tiles, features, width) to (tiles, tokens, hidden_size)."""
+        join, norm, *rest = self
+        assert isinstance(join, Downsample)
+        assert isinstance(norm, LayerNorm)
+        x = downsample_norm(input, join.factor, join.column_major, norm.weight, norm.bias, norm.eps)
+        for module in rest:
+            x = module(x)
+        return x
 
 
 class Gelu(nn.Module):
@@ -114,6 +119,6 @@ def _build(config: ProjectorConfig) -> nn.Module:
     if config.factor == 3:
         modules += [Linear(joined, 3 * width, bias=bias), Gelu(), LayerNorm(3 * width)]
         joined = 3 * width
-    return nn.Sequential(
+    return DownsampleSequential(
         *modules, Linear(joined, hidden, bias=bias), Gelu(), Linear(hidden, hidden, bias=bias)
     )

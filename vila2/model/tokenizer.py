@@ -15,6 +15,7 @@ from vila2.model.weight_files import read_json
 
 IMAGE_PLACEHOLDER = "<image>"
 _PROBE = "vila2probe"
+_SPACES = "\u2581\u0120\u010a"  # how vocabularies write a space (SentencePiece, byte-level) and a newline
 
 
 class Tokenizer:
@@ -53,6 +54,15 @@ class Tokenizer:
     def is_special(self, token: int) -> bool:
         """Is this id a special token or an added one, rather than a piece of ordinary text?"""
         return token in self.inner.all_special_ids or token in self.inner.added_tokens_decoder
+
+    def word_starts(self) -> frozenset[int]:
+        """Ids of the tokens that begin a word after a space, and of those without a letter or digit."""
+        pieces = self.inner.convert_ids_to_tokens(list(range(self._size)))
+        return frozenset(
+            index
+            for index, piece in enumerate(pieces)
+            if piece and (piece[0] in _SPACES or not any(character.isalnum() for character in piece))
+        )
 
     def name(self, token: int) -> str:
         """The token as it is written in the vocabulary."""

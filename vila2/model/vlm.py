@@ -127,7 +127,12 @@ class VisionLanguageModel(nn.Module):
                 f"images were prepared for {sorted(wrong)}, the model reads {self.config.image_mode}"
             )
         device = self.vision.position_embedding.device
-        tiles = torch.from_numpy(np.concatenate([image.tiles for image in images])).to(device)
+        tiles = torch.from_numpy(np.concatenate([image.tiles for image in images]))
+        if device.type == "cuda":
+            tiles = (
+                tiles.pin_memory()
+            )  # the copy then runs beside other work, and the host does not wait for it
+        tiles = tiles.to(device, non_blocking=True)
         if self.config.image_mode == "s2":
             tokens = list(self.projector(self._s2_features(tiles)))
         elif self.config.image_mode == "dynamic_s2":

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from vila2.ops.native import is_native, is_native_training, native
+from vila2.ops.triton import is_triton, wants_gradient
 
 GELU_KINDS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
 
@@ -38,6 +39,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         return y
     if is_native_training(gate_up) and gate_up.shape[-1] % 2 == 0:
         return _SiluMul.apply(gate_up)  # type: ignore[no-untyped-call]
+    if is_triton(gate_up):
+        from vila2.kernels.silu_mul import silu_mul_autograd, silu_mul_triton
+
+        return (silu_mul_autograd if wants_gradient(gate_up) else silu_mul_triton)(gate_up)
     return silu_mul_reference(gate_up)
 
 
@@ -50,6 +55,10 @@ def gelu(x: Tensor, kind: str) -> Tensor:
         return y
     if kind in GELU_KINDS and x.requires_grad and torch.is_grad_enabled() and is_native_training(x):
         return _Gelu.apply(x, kind)  # type: ignore[no-untyped-call]
+    if is_triton(x) and not wants_gradient(x):
+        from vila2.kernels.gelu import gelu_triton
+
+        return gelu_triton(x, kind)
     return gelu_reference(x, kind)
 
 

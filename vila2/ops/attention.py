@@ -10,8 +10,13 @@ from torch import Tensor
 
 from vila2.ops.native import is_native, native
 from vila2.ops.rope import apply_rope_reference
+from vila2.ops.triton import is_triton
 
 MAX_HEAD_DIM = 256  # what the kernels of `_C` have room for
+
+# Which decoding sequences begin with the same blocks: `(lens, group_starts, members)`, int32 on the device. Sequence s
+# shares its first lens[s] keys (whole blocks; 0: none) with group g = members[group_starts[g]:group_starts[g + 1]].
+SharedPrefixes = tuple[Tensor, Tensor, Tensor]
 
 
 def rope_store_reference(
@@ -85,12 +90,16 @@ def rope_store(
     """Rotate q and k, store k and v; returns q rotated, (T, H, D). q, k and v may be slices of one tensor.
 
     Shapes as in `rope_store_reference`. Raises ValueError for a position or a slot out of range, and for heads
-    that do not lie side by side (on the CPU).
+    that do not lie side by side; on CUDA positions and slots are not checked, and a negative slot is not written.
     """
     if is_native(q, k, v) and is_native(k_cache, v_cache):
         rotated = q.new_empty(q.shape)
         native.rope_store(q, k, v, positions, slots, cos, sin, k_cache, v_cache, rotated)
         return rotated
+    if is_triton(q, k_cache):
+        from vila2.kernels.rope_store import rope_store_triton
+
+        return rope_store_triton(q, k, v, positions, slots, cos, sin, k_cache, v_cache)
     return rope_store_reference(q, k, v, positions, slots, cos, sin, k_cache, v_cache)
 
 
@@ -102,14 +111,26 @@ def paged_attention(
     query_starts: Tensor,
     context_lens: Tensor,
     scale: float,
+    longest: int | None = None,
+    shared: SharedPrefixes | None = None,
 ) -> Tensor:
     """Causal attention of chunks and single tokens alike; shapes as in `paged_attention_reference`.
 
-    Raises ValueError for a block or a length out of range (on the CPU).
+    What only speeds CUDA up, where lengths lie on the device: `longest`, the most rows that a sequence owns, if the
+    caller knows (1: a step of decoding), and then `shared`. Raises ValueError for a block or a length out of range
+    (on the CPU).
     """
     if is_native(q) and is_native(k_cache, v_cache) and q.shape[-1] <= MAX_HEAD_DIM:
         tokens, heads, dim = q.shape
         out = q.new_empty(tokens, heads * dim)
         native.paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens, scale, out)
         return out
+    if is_triton(q, k_cache):
+        if longest == 1 and len(q) == len(context_lens):
+            from vila2.kernels.attention_decode import paged_decode_triton
+
+            return paged_decode_triton(q, k_cache, v_cache, block_tables, context_lens, scale, shared)
+        from vila2.kernels.attention_prefill import paged_prefill_triton
+
+        return paged_prefill_triton(q, k_cache, v_cache, block_tables, query_starts, context_lens, scale)
     return paged_attention_reference(q, k_cache, v_cache, block_tables, query_starts, context_lens, scale)

@@ -8,10 +8,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from vila2.ops.native import is_native_training, native
+from vila2.ops.triton import is_triton
 
 IGNORED = -100  # the label of a row that is not in the loss
 
 _CHUNK_ELEMENTS = 8 << 20  # logits of one chunk: 32 MiB as float32
+_CHUNK_ELEMENTS_CUDA = 128 << 20  # a thousand rows of a vocabulary of 128,000: fewer would leave a GPU idle
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -27,8 +29,8 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tenso
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
     """`linear_cross_entropy_reference` by chunks of rows: the gradients are made beside the loss, in one pass.
 
-    `chunk`: rows at a time, by default as many as make 32 MiB of logits. Differentiable once. ValueError for a
-    label that is neither a row of `weight` nor -100.
+    `chunk`: rows at a time, by default as many as make 32 MiB of logits (on CUDA 256). Differentiable once. ValueError
+    for a label that is neither a row of `weight` nor -100.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -39,7 +41,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: 
     if bool(((labels >= len(weight)) | ((labels < 0) & (labels != IGNORED))).any()):
         raise ValueError(f"labels must be below {len(weight)}, or {IGNORED} for none")
     if chunk is None:
-        chunk = max(16, _CHUNK_ELEMENTS // max(1, len(weight)))
+        elements = _CHUNK_ELEMENTS_CUDA if hidden.is_cuda else _CHUNK_ELEMENTS
+        chunk = max(16, elements // max(1, len(weight)))
     if chunk < 1:
         raise ValueError(f"chunk must be positive, got {chunk}")
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, chunk)  # type: ignore[no-untyped-call]
@@ -55,7 +58,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
         for first in range(0, len(hidden), chunk):
             rows = slice(first, first + chunk)
-            loss, error = _softmax_error(functional.linear(hidden[rows], weight).to(exact), labels[rows])
+            logits = functional.linear(hidden[rows], weight)
+            loss, error = _softmax_error(logits, labels[rows])
             total += loss
             error = error.to(hidden.dtype)
             if hidden_grad is not None:
@@ -76,7 +80,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _softmax_error(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss, and the loss's gradient by the logits, in their memory: softmax minus one at the label."""
+    """The summed loss, at least float32, and the loss's gradient by the logits: softmax minus one at the label.
+
+    May be made in the memory of the logits.
+    """
+    if is_triton(logits) and logits.dtype != torch.float64:
+        from vila2.kernels.softmax_error import softmax_error_triton
+
+        return softmax_error_triton(logits, labels).sum(), logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if is_native_training(logits) and logits.dtype == torch.float32:
         losses = logits.new_empty(len(logits))
         native.softmax_error(logits, labels.contiguous(), losses)

@@ -1,7 +1,5 @@
 """RMS norm and layer norm over the last axis; statistics in float32 whatever the input type."""
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from vila2.ops.native import is_native, is_native_training, native
+from vila2.ops.triton import is_triton, wants_gradient
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -39,10 +38,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return y
     if is_native_training(x, weight):
         return _AddRmsNorm.apply(x, None, weight, eps)[0]  # type: ignore[no-untyped-call]
-    if _is_triton(x, weight):
-        from vila2.kernels.rms_norm import rms_norm_triton
+    if is_triton(x, weight):
+        from vila2.kernels.rms_norm import rms_norm_autograd, rms_norm_triton
 
-        return rms_norm_triton(x, weight, eps)
+        return (rms_norm_autograd if wants_gradient(x, weight) else rms_norm_triton)(x, weight, eps)
     return rms_norm_reference(x, weight, eps)
 
 
@@ -56,10 +55,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         return y, residual
     if torch.is_grad_enabled() and is_native_training(x, residual, weight):
         return _AddRmsNorm.apply(x, residual, weight, eps)  # type: ignore[no-untyped-call]
-    if _is_triton(x, residual, weight) and residual.is_contiguous():
-        from vila2.kernels.rms_norm import add_rms_norm_triton
+    if is_triton(x, residual, weight) and x.dtype == residual.dtype:
+        from vila2.kernels.rms_norm import add_rms_norm_autograd, add_rms_norm_triton
 
-        return add_rms_norm_triton(x, residual, weight, eps)
+        if wants_gradient(x, residual, weight):
+            return add_rms_norm_autograd(x, residual, weight, eps)
+        return add_rms_norm_triton(x, residual.contiguous(), weight, eps)
     return add_rms_norm_reference(x, residual, weight, eps)
 
 
@@ -70,6 +71,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         y = torch.empty_like(x)
         native.layer_norm(x, weight, bias, eps, y)
         return y
+    if is_triton(x, weight, bias) and not wants_gradient(x, weight, bias):
+        from vila2.kernels.layer_norm import layer_norm_triton
+
+        return layer_norm_triton(x, weight, bias, eps)
     return layer_norm_reference(x, weight, bias, eps)
 
 
@@ -105,14 +110,3 @@ class _AddRmsNorm(torch.autograd.Function):
             summed_grad = summed_grad.contiguous()
         native.norm_grad(y_grad.contiguous(), summed_grad, summed, weight, scales, x_grad, weight_grad)
         return x_grad, x_grad if ctx.has_residual else None, weight_grad, None
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def _is_triton(*tensors: Tensor) -> bool:
-    if not tensors[0].is_cuda or not _has_triton():
-        return False
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vila2.ops.native import native
+from vila2.ops.triton import is_triton
 
 
 def image_patches_reference(
@@ -34,6 +35,10 @@ def image_patches(
         raise ValueError(f"images must be uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}")
     if patch < 1 or len(mean) != 3 or len(std) != 3:
         raise ValueError(f"patch must be positive and mean, std have 3 values, got {patch}, {mean}, {std}")
+    if is_triton(images):
+        from vila2.kernels.patches import image_patches_triton
+
+        return image_patches_triton(images, patch, mean, std, dtype)
     if native is None or not images.is_cpu or dtype not in (torch.float32, torch.bfloat16):
         return image_patches_reference(images, patch, mean, std, dtype)
     count, height, width, _ = images.shape

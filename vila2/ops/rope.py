@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vila2.ops.triton import is_triton
+
 
 def rope_tables(
     head_dim: int, theta: float, max_positions: int, scaling: Mapping[str, Any] | None = None
@@ -51,6 +53,10 @@ def apply_rope_reference(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor)
     return torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(x.dtype)
 
 
-apply_rope = (
-    apply_rope_reference  # on the inference path, `attention.rope_store` does this and the cache write in one
-)
+def apply_rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same by the fastest path. In inference `attention.rope_store` does this and the cache write in one."""
+    if is_triton(x, positions):
+        from vila2.kernels.rope import apply_rope_triton
+
+        return apply_rope_triton(x, positions, cos, sin)
+    return apply_rope_reference(x, positions, cos, sin)

@@ -4,13 +4,15 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vila2.backends import Captioner
 from vila2.config import RecaptionSettings
-from vila2.data.decode import DecodeError, DecodeLimits, decode_image, image_digest
+from vila2.data.dali import DaliDecoder, choose_decoder
+from vila2.data.decode import Decoded, DecodeError, DecodeLimits, decode_image, image_digest
 from vila2.data.done import DoneSet
 from vila2.data.source import Shard, ShardRange, Source, assign
 from vila2.recaption.feed import Job, Loaded
@@ -92,7 +94,7 @@ def make_loader(captioner: Captioner, settings: RecaptionSettings) -> Callable[[
         max_aspect=settings.max_aspect,
     )
 
-    upright = settings.orientation == "apply"
+    decode = open_decoder(captioner, settings, limits)
 
     def load(job: Job) -> Loaded:
         sample, light = job.sample, _without_bytes(job)
@@ -101,7 +103,7 @@ def make_loader(captioner: Captioner, settings: RecaptionSettings) -> Callable[[
             return Loaded(light, error=sample.error, image_digest=digest)
         assert sample.image is not None  # a sample has an image or an error
         try:
-            image = decode_image(sample.image, limits, apply_orientation=upright)
+            image = decode(sample.image)
         except DecodeError as error:
             return Loaded(light, error=SampleError(error.kind, str(error)), image_digest=digest)
         prepared = captioner.prepare(image.pixels)
@@ -109,6 +111,19 @@ def make_loader(captioner: Captioner, settings: RecaptionSettings) -> Callable[[
         return Loaded(light, prepared, None, image.width, image.height, digest, size)
 
     return load
+
+
+def open_decoder(
+    captioner: Captioner, settings: RecaptionSettings, limits: DecodeLimits
+) -> Callable[[bytes], Decoded]:
+    """What turns bytes into pixels, by `--decoder`. With `--resize fast` DALI resizes too, where that is all."""
+    upright = settings.orientation == "apply"
+    on_gpu = bool(getattr(captioner, "is_on_gpu", False))
+    if choose_decoder(settings.decoder, on_gpu=on_gpu) == "cpu":
+        return partial(decode_image, limits=limits, apply_orientation=upright)
+    side = getattr(captioner, "square_side", None) if settings.resize == "fast" else None
+    device = "mixed" if on_gpu else "cpu"
+    return DaliDecoder(device=device, side=side, limits=limits, apply_orientation=upright).decode
 
 
 def default_decode_workers() -> int:

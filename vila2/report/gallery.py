@@ -76,7 +76,7 @@ def gallery(run: Path, results: Results, count: int) -> list[Shown]:
 def _outputs(seed: Path, models: Sequence[str]) -> Iterator[tuple[str, Path]]:
     """Who captioned, and where: rounds by number, then specialists."""
     rounds = [seed / model for model in models if model.startswith("round-")]
-    for folder in [*rounds, *sorted(seed.glob("specialist-*"))]:
+    for folder in [*rounds, *sorted(seed.glob("specialist*"))]:
         if (folder / "recaption" / "parts").is_dir():
             yield folder.name, folder / "recaption"
 

@@ -72,9 +72,10 @@ class StageRun:
         self.recipe, self.index, self.folder = recipe, index, folder
         self.start, self.machine, self.processes = start, machine, processes
         self.stage = stage = recipe.stage[index]
-        torch.manual_seed(derived_seed(recipe.seed, stage.name, processes.rank) % 2**63)
+        torch.manual_seed(derived_seed(recipe.seed, stage.name, "adapters") % 2**63)  # the same everywhere
         self.model = start.model
         prepare_model(self.model, stage)
+        torch.manual_seed(derived_seed(recipe.seed, stage.name, processes.rank) % 2**63)
         if stage.checkpoint_activations:
             checkpoint_blocks(self.model)
         self.loss = LossOf(self.model, processes.device, sharded=processes.world_size > 1)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.unit.augment.kits import SPECIALIST, STAGES, recipe
-from vila2.augment.plan import dependants, find_step, plan, rounds_of, trains_vision
+from vila2.augment.plan import ancestors, dependants, find_step, plan, rounds_of, trains_vision
 from vila2.augment.step import Step
 from vila2.errors import UsageError
 
@@ -31,7 +31,7 @@ def test_every_step_comes_after_what_it_needs() -> None:
     )
     known: set[str] = set()
     for step in steps:
-        assert known.issuperset(step.needs), step.name
+        assert known.issuperset(step.waits_for), step.name
         known.add(step.name)
     assert {name.split("/")[0] for name in known} == {"source", "seed-0", "seed-3"}
 
@@ -70,7 +70,7 @@ def test_specialists_start_from_the_best_round_after_its_captions() -> None:
     assert train["base"] == "{run}/seed-0/round-2/train/02-pretrain/checkpoint"
     assert [stage["name"] for stage in train["stage"]] == ["tune"]
     asked = steps["seed-0/specialist-spatial/recaption"]
-    assert "seed-0/specialist-spatial/check" in asked.needs
+    assert "seed-0/specialist-spatial/check" in asked.after
     assert asked.settings["model"] == "{run}/seed-0/specialist-spatial/train/01-tune/checkpoint"
     final = steps["seed-0/vila2/train"].settings
     assert final["base"] == "base"
@@ -128,6 +128,50 @@ def test_dependants_are_all_that_follow() -> None:
     assert "seed-0/round-2/recaption" in found
     assert "seed-0/round-1/recaption" not in found
     assert "seed-0/round-0/evaluate" not in found
+
+
+def test_until_wants_what_a_step_waits_for_of_every_seed() -> None:
+    steps = plan(recipe(seeds=[0, 1], oracle={"min_gap": 0.1}))
+    found = ancestors(steps, find_step(steps, "oracle/gap", "--until"))
+    assert "seed-1/oracle/train" in found
+    assert not any("round-1" in name or "control" in name for name in found)
+    later = ancestors(steps, ["seed-0/round-2/train"])
+    assert {"seed-0/round-1/gain", "seed-0/round-2/gate", "seed-0/oracle/gap"} <= later
+
+
+def test_a_gate_that_changes_its_mind_changes_no_training() -> None:
+    one, two = by_name(plan(recipe())), by_name(plan(recipe(gates={"truncated": 0.5})))
+    train = "seed-0/round-1/train"
+    digests = dict.fromkeys(one[train].needs, "d")
+    assert one[train].key(digests) == two[train].key(digests)
+    gate = "seed-0/round-1/gate"
+    assert one[gate].is_judgement
+    digests = dict.fromkeys(one[gate].needs, "d")
+    assert one[gate].key(digests) != two[gate].key(digests)
+
+
+def test_specialists_that_see_alike_are_asked_together() -> None:
+    two = [SPECIALIST, SPECIALIST | {"name": "ocr", "prompt": ["ocr", "brief"], "must_beat": "reading.exact"}]
+    steps = by_name(plan(recipe(specialist=two, generalist={"each": True})))
+    asked = steps["seed-0/specialists/recaption"]
+    assert asked.settings["prompt"] == ["spatial", "ocr", "brief"]
+    model = "{run}/seed-0/specialist-ocr/train/01-tune/checkpoint"
+    assert asked.settings["models"]["brief"] == asked.settings["models"]["ocr"] == model
+    assert {f"seed-0/specialist-{n}" for n in ("spatial/train", "ocr/train", "ocr/check")} <= set(
+        asked.waits_for
+    )
+    assert "seed-0/specialist-ocr/recaption" not in steps
+    one = steps["seed-0/vila2-ocr/captions"].settings
+    assert one["outputs"] == ["{run}/seed-0/specialists/recaption"]
+    assert one["prompts"] == ["ocr", "brief"]
+    with_tower = SPECIALIST["stage"][0] | {"train": ["vision", "decoder"]}
+    for changes in (
+        {"specialist": [two[0], two[1] | {"stage": [with_tower]}]},
+        {"specialist": two, "launch": {"recaption": {"command": "run {arguments}"}}},
+        {"specialist": two, "recaption": {"prompt_template": "{prompt}"}},
+        {"specialist": [two[0], two[1] | {"prompt": "spatial"}]},
+    ):
+        assert "seed-0/specialists/recaption" not in by_name(plan(recipe(**changes)))
 
 
 def test_whether_a_specialist_sees_with_other_eyes() -> None:

@@ -232,6 +232,24 @@ def test_a_draft_follows_and_finds_its_way_back():
     assert followed([1, 2], [1, 2, 3, 4], [4]).ahead(5) == ()
 
 
+def test_a_word_stands_for_a_word_however_many_tokens_each_has():
+    starts = frozenset(range(10, 100))  # the others go on with a word
+    draft = [10, 11, 1, 2, 12, 3, 13]
+
+    def after(output: list[int]) -> tuple[int, ...]:
+        kept = Draft(draft, starts)
+        kept.follow(output, len(output))
+        return kept.ahead(2)
+
+    assert after([10, 11, 1]) == (2, 12)
+    assert after([10, 99]) == (12, 3)  # one token for three
+    assert after([10, 99, 4]) == after([10, 99, 4, 5]) == (12, 3)  # and more than one
+    assert after([10, 11, 4]) == (12, 3)  # another ending
+    assert after([10, 11, 1, 2, 4]) == (12, 3)  # a longer one
+    assert after([10, 11, 99]) == (12, 3)  # a shorter word, and then another
+    assert after([10, 11, 1, 2, 12, 3, 13, 4]) == ()
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.integers(0, 4), max_size=30),

@@ -174,6 +174,8 @@ def test_a_result_that_cannot_be_written(right: Evaluation, tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write the result"):
         right.save(tmp_path / "file" / "result.json")
+    with pytest.raises(OutputError, match="it is a folder"):
+        right.save(tmp_path)
 
 
 # Comparing

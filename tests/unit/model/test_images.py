@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from vila2.model.images import (
+    INTERPOLATIONS,
     ImageProcessor,
     closest_grid,
     pad_to_square,
@@ -72,16 +73,30 @@ def pillow_resize(image: Pixels, height: int, width: int, resample: Image.Resamp
 @pytest.mark.parametrize("size", SIZES)
 def test_resize_is_pillows(size: tuple[int, int], target: tuple[int, int], kind: str) -> None:
     image = picture(*size, kind)
-    for name, resample in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
+    for name, resample in INTERPOLATIONS.items():
         expected = pillow_resize(image, *target, resample)
         if PILLOW >= 13:
             whole = Image.fromarray(image).resize(target[::-1], resample)
             assert np.array_equal(expected, np.asarray(whole)), "the oracle itself"
         assert_close(resize(image, *target, name), expected)
+
+
+@pytest.mark.parametrize("kind", ["photo", "noise", "black and white"])
+@pytest.mark.parametrize("target", [(48, 48), (7, 31), (130, 55)])
+@pytest.mark.parametrize("size", SIZES)
+def test_resize_without_our_kernel(
+    size: tuple[int, int], target: tuple[int, int], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vila2.model.images.HAS_RESIZE", False)
+    image = picture(*size, kind)
+    for name, resample in INTERPOLATIONS.items():
+        expected = pillow_resize(image, *target, resample)
+        assert_close(resize(image, *target, name), expected)
         assert_close(resize(image, *target, name, exact=False), expected, levels=2)
 
 
-def test_the_fast_resize_is_rarely_off() -> None:
+def test_the_fast_resize_is_rarely_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vila2.model.images.HAS_RESIZE", False)
     for kind in ("photo", "noise", "black and white"):
         image = picture(480, 640, kind)
         apart = np.abs(resize(image, 384, 384, exact=False).astype(int) - resize(image, 384, 384).astype(int))

@@ -176,3 +176,14 @@ def test_a_folder_without_a_tokenizer_and_one_that_wants_code_are_refused(tmp_pa
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
     assert not marker.exists()
+
+
+def test_words_start_after_spaces_and_at_signs(llama: Tokenizer, qwen: Tokenizer) -> None:
+    for tokenizer in (llama, qwen):
+        starts = tokenizer.word_starts()
+        ids = tokenizer.encode("two dogs, zzqx")
+        assert {tokenizer.name(index)[0] for index in ids if index in starts} <= set("\u2581\u0120,")
+        assert tokenizer.encode("a,")[-1] in starts
+        assert ids[-1] not in starts  # the middle of a word
+    assert llama.encode("two")[0] in llama.word_starts()
+    assert qwen.encode("a dog")[1] in qwen.word_starts()

@@ -115,8 +115,6 @@ def test_what_cannot_be_drafted_from_is_one_line(tmp_path):
     for draft in ("", "column:", " "):
         with pytest.raises(UsageError, match="must be off, auto"):
             make(tmp_path, draft=draft)
-    with pytest.raises(UsageError, match="draft means nothing to --backend http"):
-        make(tmp_path, draft="original", backend="http", base_url=["http://x/v1"], model="m")
 
 
 def test_a_broken_part_is_named(tmp_path):

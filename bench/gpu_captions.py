@@ -1,0 +1,262 @@
+"""Captions end to end with random weights: the engine against transformers' `generate`, and against the roofline.
+
+Images go through SigLIP-so400m at 384 px (27 x 27 patches, 196 visual tokens after down-sampling), 40 text tokens in,
+128 new ones out, greedy, ends of sequence ignored: the work of VILA1.5-3B and -8B. What weights hold changes no time.
+The rival gets the same tower and projector in plain torch and its own best batch.
+"""
+
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_report import Report, Result
+from torch import Tensor, nn
+
+TEXT_TOKENS, NEW_TOKENS = 40, 128
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's decoder, how many captions are timed, and the batches that the rival tries."""
+
+    name: str
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    captions: int
+    batch: int
+    rival_batches: tuple[int, ...]
+
+
+SIZES = (
+    Size("3B", 2560, 6912, 32, 20, 20, 32000, 768, 256, (32, 64)),
+    Size("8B", 4096, 14336, 32, 32, 8, 128256, 512, 256, (32, 64)),
+)
+DRY = Size("tiny", 64, 96, 2, 4, 2, 200, 3, 2, (2,))
+
+
+def measure(report: Report, *, dry: bool, deadline: float) -> Iterator[Result]:
+    """Captions a second of each size, the rival's, and the share of the roofline."""
+    for size in (DRY,) if dry else SIZES:
+        if time.monotonic() > deadline:
+            report.skip(size.name, "no time was left")
+            return
+        model = build(size, report.device, dry=dry)
+        visual, new = model.config.tokens_per_tile, 4 if dry else NEW_TOKENS
+        rate = ours(model, size, new)
+        floor = roofline_seconds(report, model, size, visual + TEXT_TOKENS, new)
+        gc.collect()
+        yield Result(
+            f"captions {size.name}", f"{visual}+{TEXT_TOKENS} in, {new} out", rate, "captions/s",
+            rate * floor, "roofline", 0.5,
+        )  # fmt: skip
+        if time.monotonic() > deadline:
+            report.skip(f"transformers {size.name}", "no time was left")
+            return
+        theirs, batch = rival(model, size, new)
+        yield Result(
+            f"transformers {size.name}",
+            f"generate, batch {batch}",
+            theirs,
+            "captions/s",
+            rate / theirs,
+            "ours",
+            6.0,
+        )
+        del model
+        gc.collect()
+        if not dry:
+            torch.cuda.empty_cache()
+
+
+def build(size: Size, device: torch.device, *, dry: bool) -> Any:
+    """A VILA of this size with random bfloat16 weights on the device."""
+    from vila2.model.decoder import DecoderConfig
+    from vila2.model.projector import ProjectorConfig
+    from vila2.model.vision import VisionConfig
+    from vila2.model.vlm import ModelConfig, VisionLanguageModel
+
+    vision = VisionConfig(
+        "siglip", 384, 14, 1152, 4304, 27, 16, "gelu_pytorch_tanh", 1e-6, select_feature="cls_patch"
+    )
+    if dry:
+        vision = replace(vision, image_size=28, width=32, inner_width=48, num_layers=3, num_heads=2)
+    config = ModelConfig(
+        vision,
+        ProjectorConfig("mlp_downsample", vision.width, size.hidden, column_major=True),
+        DecoderConfig(
+            size.vocab,
+            size.hidden,
+            size.inner,
+            size.layers,
+            size.heads,
+            size.kv_heads,
+            size.hidden // size.heads,
+            4096,
+        ),
+        "resize",
+        vision.image_size,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = VisionLanguageModel.from_config(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval()
+
+
+def ours(model: Any, size: Size, new_tokens: int) -> float:
+    """Captions a second of the engine over `size.captions` images, after a warm-up of one batch."""
+    from vila2.engine.engine import Engine, EngineLimits
+
+    on_gpu = model.decoder.cos.is_cuda
+    usual = model.config.tokens_per_tile + TEXT_TOKENS + new_tokens + 16
+    limits = EngineLimits(
+        max_num_seqs=size.batch,
+        max_batch_tokens=8192 if on_gpu else 512,
+        vision_batch=64,
+        num_kv_tokens=(size.batch + 8) * usual,
+        burst=8 if on_gpu else 2,
+    )
+    engine = Engine(model, limits, frozenset(), lambda tokens: "", torch.bfloat16)
+    _caption(engine, model, min(size.captions, size.batch), new_tokens, first=10**6)
+    _wait(on_gpu)
+    start = time.perf_counter()
+    _caption(engine, model, size.captions, new_tokens, first=0)
+    _wait(on_gpu)
+    return size.captions / (time.perf_counter() - start)
+
+
+def _caption(engine: Any, model: Any, count: int, new_tokens: int, first: int) -> None:
+    from vila2.engine.sequence import EngineRequest, ImageSpan
+    from vila2.types import SamplingParams
+
+    processor = model.config.image_processor()
+    rng = np.random.default_rng(first)
+    side, visual = model.config.image_size, model.config.tokens_per_tile
+    images = [
+        processor.prepare(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        for _ in range(min(count, 16))
+    ]
+    text = [int(token) for token in rng.integers(0, model.config.decoder.vocab_size, TEXT_TOKENS)]
+    header = TEXT_TOKENS // 3
+    prompt = (*text[:header], *([-1] * visual), *text[header:])
+    sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+    for index in range(count):
+        span = ImageSpan(header, visual, 0)
+        engine.add(
+            EngineRequest(first + index, prompt, (span,), (images[index % len(images)],), sampling, header)
+        )
+    done = 0
+    while engine.num_unfinished:
+        done += len(engine.step())
+    assert done == count, (done, count)
+
+
+def rival(model: Any, size: Size, new_tokens: int) -> tuple[float, int]:
+    """The best captions a second of transformers' `generate` over its batches, and that batch."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    decoder = model.config.decoder
+    device = model.decoder.cos.device
+    # Our decoder's memory goes first: the rival's weights are as many.
+    model.decoder.to("meta")
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    config = LlamaConfig(
+        vocab_size=decoder.vocab_size,
+        hidden_size=decoder.hidden_size,
+        intermediate_size=decoder.intermediate_size,
+        num_hidden_layers=decoder.num_layers,
+        num_attention_heads=decoder.num_heads,
+        num_key_value_heads=decoder.num_kv_heads,
+        max_position_embeddings=4096,
+        attn_implementation="sdpa",
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            language = LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    tower = PlainTower(model)
+    rates = {}
+    for batch in size.rival_batches:
+        _generate(language, tower, model, batch, min(new_tokens, 4))
+        _wait(device.type == "cuda")
+        start = time.perf_counter()
+        _generate(language, tower, model, batch, new_tokens)
+        _wait(device.type == "cuda")
+        rates[batch] = batch / (time.perf_counter() - start)
+    best = max(rates, key=lambda batch: rates[batch])
+    return rates[best], best
+
+
+class PlainTower(nn.Module):
+    """The same tower and projector with no kernel of ours: what a user of transformers runs."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.vision, self.projector = model.vision, model.projector
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """Tiles (N, size, size, 3) uint8 to visual tokens."""
+        from unittest.mock import patch
+
+        # Every op asks this one function; without Triton each takes its reference.
+        with patch("vila2.ops.triton.has_triton", lambda: False):
+            return self.projector(self.vision(tiles))
+
+
+@torch.inference_mode()
+def _generate(language: Any, tower: PlainTower, model: Any, batch: int, new_tokens: int) -> None:
+    side = model.config.image_size
+    device = language.device
+    tiles = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8, device=device)
+    text = torch.randint(0, model.config.decoder.vocab_size, (batch, TEXT_TOKENS), device=device)
+    embeddings = torch.cat((tower(tiles), language.get_input_embeddings()(text)), dim=1)
+    mask = torch.ones(embeddings.shape[:2], dtype=torch.int64, device=device)
+    language.generate(
+        inputs_embeds=embeddings,
+        attention_mask=mask,
+        do_sample=False,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+    )
+
+
+def roofline_seconds(report: Report, model: Any, size: Size, prompt: int, new_tokens: int) -> float:
+    """The least seconds a caption by the ceilings measured here: products at their peak, and in decoding the larger
+    of the products and of the bytes of weights and cache, for batches of `size.batch`."""
+    vision = sum(part.numel() for layer in model.vision.layers for part in layer.parameters())
+    patches = model.config.vision.num_positions
+    config = model.config.decoder
+    weights = sum(part.numel() for layer in model.decoder.layers for part in layer.parameters())
+    head = config.vocab_size * config.hidden_size
+    width = model.config.vision.width
+    vision_flops = 2.0 * vision * patches + 4.0 * patches**2 * width * len(model.vision.layers)
+    prefill_flops = 2.0 * weights * prompt + 2.0 * prompt**2 * config.q_size * config.num_layers
+    per_token = 4 * config.num_layers * config.kv_size  # bytes of keys and values
+    cache_bytes = per_token * (prompt + new_tokens / 2)
+    step_flops = 2.0 * (weights + head) + 4.0 * (prompt + new_tokens / 2) * config.q_size * config.num_layers
+    step_bytes = 2.0 * (weights + head) / size.batch + cache_bytes
+    step = max(step_flops / report.ceiling("bf16"), step_bytes / report.ceiling("copy"))
+    return (vision_flops + prefill_flops) / report.ceiling("bf16") + new_tokens * step
+
+
+def _wait(on_gpu: bool) -> None:
+    if on_gpu:
+        torch.cuda.synchronize()

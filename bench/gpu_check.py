@@ -1,0 +1,94 @@
+"""Everything that wants a GPU, in one command: kernels checked and timed, captions end to end, training, JPEG decoding.
+
+    python bench/gpu_check.py [--minutes 8] [--only kernels,captions,training,decode] [--dry]
+
+Each bar is a ratio measured in this run. Rows go to bench/results/gpu.csv and a short table is printed last; the exit
+status is 1 if a result is wrong (a bar that is missed is said, and is no failure). It needs torch, triton and
+transformers (and torchvision for JPEG) and no installed vila2. `--dry` runs the same code on tiny shapes without a GPU,
+the kernels in Triton's interpreter, and writes no rows.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SECTIONS = ("kernels", "captions", "training", "decode")
+
+
+def prepare_imports(dry: bool) -> None:
+    """Make vila2 and its kernels importable from the tree, and choose the interpreter before a kernel is defined."""
+    if dry:
+        os.environ["TRITON_INTERPRET"] = "1"
+    for folder in (str(ROOT), str(ROOT / "bench")):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    if importlib.util.find_spec("vila2.kernels") is None:
+        package = types.ModuleType("vila2.kernels")
+        package.__path__ = [str(ROOT / "kernels")]
+        sys.modules["vila2.kernels"] = package
+    if dry:
+        from vila2.kernels.interpreter import mend_interpreter
+
+        mend_interpreter()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin no measurement after this many")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes, no GPU, no rows")
+    options = parser.parse_args()
+    prepare_imports(options.dry)
+    import torch
+
+    if not options.dry and not torch.cuda.is_available():
+        print(
+            "gpu_check: torch sees no CUDA device here; --dry runs the same code without one", file=sys.stderr
+        )
+        return 2
+    return run(options.only.split(","), options.minutes, dry=options.dry)
+
+
+def run(sections: list[str], minutes: float, *, dry: bool) -> int:
+    """Run the sections in order while there is time; returns the exit status."""
+    import gpu_captions
+    import gpu_decode
+    import gpu_kernels
+    import gpu_training
+    from gpu_report import Report, device_facts
+
+    modules: dict[str, Callable[..., Iterator[object]]] = {
+        "kernels": gpu_kernels.measure,
+        "captions": gpu_captions.measure,
+        "training": gpu_training.measure,
+        "decode": gpu_decode.measure,
+    }
+    report = Report(device_facts(dry=dry), keeps_rows=not dry)
+    deadline = time.monotonic() + 60 * minutes
+    for name in sections:
+        if name not in modules:
+            print(f"gpu_check: unknown section {name!r}; known are {', '.join(SECTIONS)}", file=sys.stderr)
+            return 2
+        if time.monotonic() > deadline:
+            report.skip(name, "no time was left")
+            continue
+        try:
+            for result in modules[name](report, dry=dry, deadline=deadline):
+                report.add(name, result)
+        except Exception:
+            # One broken part must not hide the figures of the others.
+            report.fail(name, traceback.format_exc())
+    return report.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

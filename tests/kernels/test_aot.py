@@ -1,0 +1,34 @@
+"""Every kernel compiled ahead of time for each kind of GPU, without one: cubins, and what they use of registers.
+
+A kernel that spills is a bug here: its figures on a GPU would be those of local memory.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.triton
+
+ROOT = Path(__file__).parents[2]
+MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one program may have
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiles_without_spills(capability):
+    # Triton reads TRITON_INTERPRET when a kernel is defined: a process of its own compiles. Cubins are kept in .cache.
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(ROOT / ".cache" / "triton")}
+    command = [sys.executable, "-m", "tests.kernels.aot", str(capability)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kernels) >= 25
+    spilling = [k for k in kernels if k["stack"] > k["max_stack"]]
+    assert not spilling, spilling
+    assert all(k["registers"] <= 255 and k["cubin_bytes"] > 1000 for k in kernels)
+    too_much = [k for k in kernels if k["shared"] > MAX_SHARED[capability]]
+    assert not too_much, too_much

@@ -1,0 +1,76 @@
+"""Bursts of decoding: the same tokens as step by step, whatever ends in the middle of one. Without a GPU no graphs."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import write_llava
+from tests.unit.engine.engines import engine_requests, photo, with_limits
+from vila2.backends.native import NativeCaptioner
+from vila2.engine.cuda_graphs import padded_sizes
+from vila2.types import CaptionRequest, RepetitionRule, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("llava") / "tiny"
+    write_llava(path)
+    return path
+
+
+def captions(captioner: NativeCaptioner, samplings: list[SamplingParams]) -> dict[int, tuple]:
+    requests = [
+        CaptionRequest(i, "What is this?", (captioner.prepare(photo(i)),), sampling, rng_key=i)
+        for i, sampling in enumerate(samplings)
+    ]
+    done = captioner.caption(requests)
+    return {caption.id: (caption.token_ids, caption.finish_reason) for caption in done}
+
+
+SAMPLINGS = [
+    SamplingParams(max_new_tokens=13, ignore_eos=True),
+    SamplingParams(max_new_tokens=20),
+    SamplingParams(max_new_tokens=1),
+    SamplingParams(temperature=0.9, top_p=0.8, top_k=30, max_new_tokens=17, min_new_tokens=6),
+    SamplingParams(temperature=1.5, max_new_tokens=9),
+    SamplingParams(max_new_tokens=40, ignore_eos=True, repetition=RepetitionRule(8, 2, 4)),
+    SamplingParams(max_new_tokens=15, stop=("e", "a"), min_new_tokens=3),
+]
+
+
+@pytest.mark.parametrize("burst", [2, 5])
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 7])
+def test_bursts_change_no_token(llava, burst, max_num_seqs):
+    plain = captions(with_limits(llava, max_num_seqs=max_num_seqs), SAMPLINGS)
+    bursting = with_limits(llava, max_num_seqs=max_num_seqs, burst=burst)
+    assert captions(bursting, SAMPLINGS) == plain
+    pool = bursting.engine.scheduler.pool
+    held = sum(len(prefix.blocks) for prefix in bursting.engine.scheduler.prefixes._prefixes.values())
+    assert pool.num_free == pool.num_blocks - held  # what a burst took ahead is given back
+
+
+def test_a_full_pool_bursts_by_single_steps(llava):
+    longest = max(
+        len(request.token_ids)
+        for request in engine_requests(
+            with_limits(llava, max_num_seqs=2),
+            [CaptionRequest(0, "What is this?", (with_limits(llava).prepare(photo(0)),), SAMPLINGS[0])],
+        )
+    )
+    tokens = 4 * (-(-(longest + 14) // 4)) + 8
+    sizes = {"max_num_seqs": 3, "block_size": 4, "num_kv_tokens": tokens}
+    samplings = [SAMPLINGS[0]] * 3
+    assert captions(with_limits(llava, **sizes, burst=6), samplings) == captions(
+        with_limits(llava, **sizes), samplings
+    )
+
+
+def test_padded_sizes():
+    assert padded_sizes(1) == [1]
+    assert padded_sizes(5) == [1, 2, 4, 5]
+    for most in (1, 7, 32, 100, 256, 300):
+        sizes = padded_sizes(most)
+        assert sizes[-1] == most
+        for count in range(1, most + 1):
+            size = next(size for size in sizes if size >= count)
+            assert size - count < max(8, count / 2)
