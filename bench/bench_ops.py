@@ -33,6 +33,7 @@ from vila2.ops.norms import (
     rms_norm_reference,
 )
 from vila2.ops.patches import image_patches, image_patches_reference
+from vila2.ops.quant import best_turn, byte_linear, pack_bytes, quantize_weight
 from vila2.ops.rope import rope_tables
 from vila2.ops.threads import set_threads
 
@@ -90,6 +91,35 @@ def linear_cases() -> Iterator[Case]:
                     lambda x=x, weight=weight: linear_reference(x, weight),
                     flops=2.0 * rows * depth * columns,
                 )
+
+
+def byte_cases() -> Iterator[Case]:
+    """int8 against float32 of torch: of a float32 ceiling they may reach more than all."""
+    for depth, columns in ((576, 3072), (1536, 576), (768, 3072), (3072, 768), (576, 49152)):
+        weight = torch.randn(columns, depth) / depth**0.5
+        for narrow in (True, False):
+            packed = pack_bytes(quantize_weight(weight, narrow=narrow))
+            for rows in (1, 8, 64, 512) if columns < 49152 else (1, 64):
+                x = torch.randn(rows, depth)
+                yield Case(
+                    f"linear int8 {'narrow' if narrow else 'wide'}",
+                    f"{rows} x {depth} x {columns}",
+                    lambda x=x, packed=packed: byte_linear(x, packed),
+                    lambda x=x, weight=weight: linear_reference(x, weight),
+                    flops=2.0 * rows * depth * columns,
+                )
+    weight = torch.randn(576, 1536) / 1536**0.5
+    for turn in (1, best_turn(1536)):
+        packed = pack_bytes(quantize_weight(weight, narrow=True), turn=turn)
+        for rows in (1, 64):
+            x = torch.randn(rows, 1536)
+            yield Case(
+                f"linear int8 turned by {turn}",
+                f"{rows} x 1536 x 576",
+                lambda x=x, packed=packed: byte_linear(x, packed),
+                lambda x=x: linear_reference(x, weight),
+                flops=2.0 * rows * 1536 * 576,
+            )
 
 
 def attention_cases() -> Iterator[Case]:
@@ -231,7 +261,7 @@ def main() -> None:
         f"{'operation':26} {'shape':26} {'ours us':>10} {'torch us':>10} {'faster':>7} {'rate':>14} {'of peak':>8}"
     )
 
-    for make in (linear_cases, attention_cases, row_cases, other_cases):
+    for make in (linear_cases, byte_cases, attention_cases, row_cases, other_cases):
         for case in make():
             if options.only not in case.op:
                 continue

@@ -24,18 +24,26 @@ Finish finish_of(const std::string& name) {
   fail("finish", "none, add, gelu_pytorch_tanh, quick_gelu or silu_mul, got " + name);
 }
 
+int64_t checked_turn(int64_t turn, int64_t width) {
+  const bool is_power = turn >= 1 && turn <= cpu::kMostTurn && (turn & (turn - 1)) == 0;
+  if (!is_power || (turn > 1 && width % (turn * cpu::kTurnStride)))
+    fail("turn", "a power of two up to 64 that, times 16, divides the width, got " + std::to_string(turn));
+  return turn;
+}
+
 // Tensors of packed weights, which it keeps alive: they may lie in a mapped file.
 class ByteWeights {
  public:
   ByteWeights(py::object panels, py::object scales, py::object sums, py::object bias, int64_t columns,
-              int64_t depth, bool is_narrow)
+              int64_t depth, bool is_narrow, int64_t turn)
       : panels_(std::move(panels)),
         scales_(std::move(scales)),
         sums_(std::move(sums)),
         bias_(std::move(bias)),
         columns_(columns),
         depth_(depth),
-        is_narrow_(is_narrow) {
+        is_narrow_(is_narrow),
+        turn_(checked_turn(turn, depth)) {
     if (columns < 1 || depth < 1) fail("columns, depth", "positive numbers");
     if (depth > kMostDepth) fail("depth", "at most 65536: a sum of more could pass 2^31");
     const int64_t count = (columns + cpu::kBytePanel - 1) / cpu::kBytePanel, width = count * cpu::kBytePanel;
@@ -119,18 +127,19 @@ class ByteWeights {
     const int64_t rows = x.rows();
     const py::gil_scoped_release release;
     job.x = cpu::byte_scratch(rows, depth_);
-    cpu::quantize({source, norm, job.x}, rows);
+    cpu::quantize({source, norm, job.x, turn_}, rows);
     cpu::byte_linear(job, rows);
   }
 
   py::object panels_, scales_, sums_, bias_;
   int64_t columns_, depth_;
   bool is_narrow_;
+  int64_t turn_;
   ByteLinearJob job_{};
 };
 
-void quantize(py::handle x_object, py::handle bytes_object, py::handle scales_object,
-              py::handle zeros_object) {
+void quantize(py::handle x_object, py::handle bytes_object, py::handle scales_object, py::handle zeros_object,
+              int64_t turn) {
   const Tensor x(x_object, "x"), bytes(bytes_object, "bytes"), scales(scales_object, "scales"),
       zeros(zeros_object, "zeros");
   x.is(Dtype::kFloat32, "float32").dims(2).contiguous();
@@ -138,22 +147,24 @@ void quantize(py::handle x_object, py::handle bytes_object, py::handle scales_ob
   bytes.is(Dtype::kUint8, "uint8").sized({rows, stride}).contiguous();
   scales.is(Dtype::kFloat32, "float32").sized({rows}).contiguous();
   zeros.is(Dtype::kInt32, "int32").sized({rows}).contiguous();
+  checked_turn(turn, width);
   NormJob norm{};
   norm.x = x.data;
   norm.width = width;
   const cpu::ByteRows out{bytes.as<uint8_t>(), scales.as<float>(), zeros.as<int32_t>(), stride};
   const py::gil_scoped_release release;
-  cpu::quantize({Source::kRows, norm, out}, rows);
+  cpu::quantize({Source::kRows, norm, out, turn}, rows);
 }
 
 }  // namespace
 
 void bind_bytes(py::module_& m) {
-  m.def("quantize", quantize);
+  m.def("quantize", quantize, py::arg("x"), py::arg("bytes"), py::arg("scales"), py::arg("zeros"),
+        py::arg("turn") = 1);
   py::class_<ByteWeights>(m, "ByteWeights")
-      .def(py::init<py::object, py::object, py::object, py::object, int64_t, int64_t, bool>(),
+      .def(py::init<py::object, py::object, py::object, py::object, int64_t, int64_t, bool, int64_t>(),
            py::arg("panels"), py::arg("scales"), py::arg("sums"), py::arg("bias"), py::arg("columns"),
-           py::arg("depth"), py::arg("is_narrow"))
+           py::arg("depth"), py::arg("is_narrow"), py::arg("turn") = 1)
       .def("multiply", &ByteWeights::multiply)
       .def("multiply_rms_norm", &ByteWeights::multiply_rms_norm)
       .def("multiply_layer_norm", &ByteWeights::multiply_layer_norm)

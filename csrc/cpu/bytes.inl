@@ -45,13 +45,57 @@ inline void quantize_row(const float* x, int64_t width, const ByteRows& out, int
   for (int64_t j = width; j < out.stride; ++j) bytes[j] = 0;
 }
 
+// N vectors, each `step` floats from the last, through log2(N) stages of a Hadamard transform.
+template <int N>
+inline void turn_vectors(const float* x, float* y, int64_t step) {
+  Vec v[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) v[i] = load(x + i * step);
+#pragma GCC unroll 3
+  for (int h = 1; h < N; h *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      if (i & h) continue;
+      const Vec a = v[i], b = v[i + h];
+      v[i] = a + b, v[i + h] = a - b;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) store(y + i * step, v[i]);
+}
+
+// The stages from `first` to `first` * N of every block of a row, from x to y (which may be x).
+template <int N>
+inline void turn_stages(const float* x, float* y, int64_t width, int64_t first) {
+  const int64_t step = first * kTurnStride;
+  for (int64_t block = 0; block < width; block += N * step) {
+    for (int64_t i = block; i < block + step; i += kLanes) turn_vectors<N>(x + i, y + i, step);
+  }
+}
+
+// The stages run from neighbours outwards, so the sums are the same however many a pass takes.
+inline void turn_row(const float* x, float* y, int64_t width, int64_t turn) {
+  for (int64_t done = 1; done < turn; x = y) {
+    const int64_t left = turn / done;
+    if (left >= 8) {
+      turn_stages<8>(x, y, width, done), done *= 8;
+    } else if (left == 4) {
+      turn_stages<4>(x, y, width, done), done *= 4;
+    } else {
+      turn_stages<2>(x, y, width, done), done *= 2;
+    }
+  }
+}
+
 void quantize(const QuantizeJob& job, int64_t row, int64_t row_end, float* scratch) {
   NormJob norm = job.norm;
   norm.y = scratch;
   for (; row < row_end; ++row) {
     norm.x = static_cast<const float*>(job.norm.x) + row * norm.width;
     if (job.source == Source::kRows) {
-      quantize_row(static_cast<const float*>(norm.x), norm.width, job.out, row);
+      const float* x = static_cast<const float*>(norm.x);
+      if (job.turn > 1) turn_row(x, scratch, norm.width, job.turn);
+      quantize_row(job.turn > 1 ? scratch : x, norm.width, job.out, row);
       continue;
     }
     if (job.source == Source::kAddRmsNorm) {
@@ -60,6 +104,7 @@ void quantize(const QuantizeJob& job, int64_t row, int64_t row_end, float* scrat
     } else {
       layer_norm_rows<float>(norm, 0, 1);
     }
+    if (job.turn > 1) turn_row(scratch, scratch, norm.width, job.turn);
     quantize_row(scratch, norm.width, job.out, row);
   }
 }

@@ -93,10 +93,16 @@ struct ByteRows {
 // What happens to the rows on their way to bytes.
 enum class Source { kRows, kAddRmsNorm, kLayerNorm };
 
+// Before a row becomes bytes it may be turned: elements kTurnStride apart, in blocks of `turn` of them, are
+// mixed by a Hadamard matrix of 1 and -1. Large values, which sit in a few channels, are spread over the block.
+inline constexpr int64_t kTurnStride = 16;
+inline constexpr int64_t kMostTurn = 64;
+
 struct QuantizeJob {
   Source source;
   NormJob norm;  // of float32; kRows reads x and width only, and nobody y
   ByteRows out;
+  int64_t turn;  // a power of two; 1 leaves rows as they are
 };
 
 inline constexpr int64_t kByteGroup = 4;   // neighbours along the depth that one 32-bit sum takes in

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vila2.backends.compute import ComputePlan, available_cores, pack_model, plan_compute
+from vila2 import __version__
+from vila2.backends.compute import ComputePlan, available_cores, pack_model, plan_compute, wants_narrow
 from vila2.backends.engine_dir import (
-    BYTE_LAYOUT,
     ENGINE_FILE,
     TOKENIZER_FOLDER,
     WEIGHTS_FILE,
@@ -44,6 +44,7 @@ from vila2.ops.quant import HAS_KERNELS
 from vila2.ops.threads import set_threads
 from vila2.types import Caption, CaptionRequest, SamplingParams
 
+USED_FILE = "used"  # in a cached engine; its time is that of the last run (see `vila2-fast engines`)
 _TMP = ".building"
 _OLD = ".replaced"
 
@@ -116,9 +117,11 @@ def cached_engine(path: str | Path) -> Path | None:
         return None
     try:
         digest = inspect_checkpoint(path).digest
-        out = cache_folder() / "engines" / f"{digest}-int8-{BYTE_LAYOUT}"
+        kind = "narrow" if wants_narrow() else "wide"
+        out = cache_folder() / "engines" / f"{digest}-int8-{kind}-{__version__}"
         build_engine(path, out, "int8")
-    except (OutputError, RuntimeError):  # RuntimeError: no home directory
+        (out / USED_FILE).touch()
+    except (OutputError, OSError, RuntimeError):  # RuntimeError: no home directory
         return None
     return out
 

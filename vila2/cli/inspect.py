@@ -13,15 +13,23 @@ import rich_click as click
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(checkpoint: str, digest: bool, as_json: bool) -> None:
-    """Check CHECKPOINT and say what it is, or what is wrong with it. Reads no weights into memory.
+    """Check CHECKPOINT (or an engine directory) and say what it is, or what is wrong. Reads no weights into memory.
 
     \b
     vila2-fast inspect VILA1.5-3b/
     """
     from dataclasses import asdict
 
+    from vila2.backends.engine_dir import is_engine, read_engine
     from vila2.model.checkpoint import inspect_checkpoint
 
+    if is_engine(checkpoint):
+        record = read_engine(checkpoint).to_json()
+        if as_json:
+            click.echo(json.dumps(record, indent=2))
+        else:
+            click.echo("\n".join(f"{name}: {_short(value)}" for name, value in record.items()))
+        return
     info = inspect_checkpoint(checkpoint)
     report: dict[str, Any] = {
         "path": str(info.path),

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vila2.errors import CheckpointError
-from vila2.model.quantized import swap_blocks
+from vila2.model.quantized import ready
 from vila2.model.vlm import ModelConfig, VisionLanguageModel
 from vila2.ops.linear import Linear, packed_from, packed_parts
 from vila2.ops.quant import PackedBytes, load_packed_bytes
@@ -36,7 +36,7 @@ def save_packed(model: VisionLanguageModel, file: BinaryIO) -> None:
     products: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     for name, module in model.named_modules():
-        if isinstance(module, Linear) and module.packed is not None:
+        if isinstance(module, Linear) and module.weight is None:
             products[name], parts = _split(module)
             tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     # Those that fill whole lines come first, so that all but the tail of the file is aligned without holes, which
@@ -91,7 +91,7 @@ def _assemble(
     if tensors:
         raise ValueError(f"{min(tensors)} belongs to no part of the model")
     model.requires_grad_(False)
-    return swap_blocks(model.eval())
+    return ready(model.eval())
 
 
 def _split(module: Linear) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -101,6 +101,7 @@ def _split(module: Linear) -> tuple[dict[str, Any], dict[str, Tensor]]:
     facts: dict[str, Any] = {"columns": packed.columns, "depth": packed.depth}
     if isinstance(packed, PackedBytes):
         facts |= {"kind": "bytes", "is_narrow": packed.is_narrow, "is_gated": packed.is_gated}
+        facts["turn"] = packed.turn
         parts = {"panels": packed.panels, "scales": packed.scales, "sums": packed.sums, "bias": packed.bias}
     else:
         panels, bias = packed_parts(packed)
@@ -129,6 +130,7 @@ def _join(module: Linear, facts: Mapping[str, Any], tensors: dict[str, Tensor], 
                 depth,
                 is_narrow=bool(facts["is_narrow"]),
                 is_gated=bool(facts["is_gated"]),
+                turn=int(facts["turn"]),
             )
         )
     else:

@@ -9,7 +9,8 @@ from torch.nn import functional
 from vila2.model.decoder import Attend, DecoderLayer
 from vila2.model.vision import VisionLayer
 from vila2.model.vlm import VisionLanguageModel
-from vila2.ops.linear import Linear
+from vila2.ops.linear import Linear, pack
+from vila2.ops.native import native
 from vila2.ops.quant import (
     PANEL,
     PackedBytes,
@@ -80,9 +81,9 @@ def _bytes(layer: Linear) -> PackedBytes:
     return layer.packed
 
 
-def set_bytes(layer: Linear, weight: QuantizedWeight, *, is_gated: bool = False) -> None:
-    """Switch a product to quantised weights."""
-    layer.set_packed(pack_bytes(weight, layer.bias, is_gated=is_gated))
+def set_bytes(layer: Linear, weight: QuantizedWeight, *, is_gated: bool = False, turn: int = 1) -> None:
+    """Switch a product to quantised weights (see `pack_bytes`)."""
+    layer.set_packed(pack_bytes(weight, layer.bias, is_gated=is_gated, turn=turn))
 
 
 def takes_gates(layer: DecoderLayer) -> bool:
@@ -90,8 +91,15 @@ def takes_gates(layer: DecoderLayer) -> bool:
     return layer.gate_up.out_features % PANEL == 0
 
 
-def swap_blocks(model: VisionLanguageModel) -> VisionLanguageModel:
-    """Give every block whose products are all packed in bytes its int8 form, in place; returns `model`."""
+def ready(model: VisionLanguageModel) -> VisionLanguageModel:
+    """Give a model whose products are packed in bytes its fused blocks, in place; returns `model`.
+
+    The patch embedding is packed as bfloat16 beside its weight, which stays: packed, it would be this machine's alone.
+    A model of another precision is left as it is.
+    """
+    patch = model.vision.patch_embedding
+    if native is not None and patch.packed is None and isinstance(model.decoder.lm_head.packed, PackedBytes):
+        patch.packed = pack(patch.weight, patch.bias, torch.bfloat16)
     for layers in (model.vision.layers, model.decoder.layers):
         for index, layer in enumerate(layers):
             if not all(

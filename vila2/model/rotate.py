@@ -3,7 +3,8 @@
 An RMS norm without a weight commutes with a rotation Q, and norm weights can be folded into the products that
 follow. So every reader of the residual stream takes Q in, every writer turns its output by it, and the model computes
 the same function; but a token's large values, which sit in a few channels, are spread over all of them, and its
-rounding to a byte costs several times less. (SliceGPT, arXiv 2401.15024; QuaRot, arXiv 2404.00456.)
+rounding to a byte costs several times less. The values inside an attention head are turned alike.
+(SliceGPT, arXiv 2401.15024; QuaRot, arXiv 2404.00456.)
 """
 
 from dataclasses import replace
@@ -64,13 +65,27 @@ def rotate_decoder(decoder: Decoder, projector: Projector, seed: int = 0) -> Non
     decoder.norm.weight.fill_(1.0)
     _set_in_parts(decoder.embed_tokens.weight, rotation)
     _write(last_linear(projector), rotation)
+    within = Rotation(decoder.config.head_dim, seed)
     for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)
         for norm, product in ((layer.attn_norm, layer.qkv), (layer.mlp_norm, layer.gate_up)):
             product.weight.copy_(rotation.rows(product.weight * norm.weight))
             norm.weight.fill_(1.0)
+        _turn_values(layer, within)
         _write(layer.o, rotation)
         _write(layer.down, rotation)
+
+
+def _turn_values(layer: DecoderLayer, rotation: Rotation) -> None:
+    """Turn the values of each head, which attention only averages, and turn them back in the product that follows."""
+    config = layer.config
+    start, heads, dim = config.q_size + config.kv_size, config.num_kv_heads, config.head_dim
+    for parameter in (layer.qkv.weight, layer.qkv.bias):
+        if parameter is not None:
+            values = parameter[start:].view(heads, dim, -1)
+            parameter[start:] = rotation.rows(values.mT).mT.reshape(parameter[start:].shape)
+    mixed = layer.o.weight.view(-1, config.num_heads, dim)
+    layer.o.weight.copy_(rotation.rows(mixed).view(layer.o.weight.shape))
 
 
 def last_linear(projector: Projector) -> Linear:

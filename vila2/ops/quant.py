@@ -27,6 +27,8 @@ GROUP = 4  # neighbours along the depth that one 32-bit sum takes in
 PANEL = 16  # columns of a panel
 NARROW_PAIR = 128
 MOST = 127
+TURN_STRIDE = 16
+MOST_TURN = 64
 
 HAS_KERNELS = native is not None and hasattr(native, "ByteWeights")  # not in a `_C` built before these were
 
@@ -54,7 +56,7 @@ class PackedBytes:
 
     `panels` int8 (panels, groups, PANEL, GROUP); `scales` float32, `sums` int32 (of each column's values) and `bias`
     float32 (or None) are padded to whole panels. `is_gated`: columns are gates and what they multiply, PANEL / 2 of
-    each to a panel (see `gated_order`).
+    each to a panel (see `gated_order`). Rows are turned by `turn` before they are quantised (see `turn_rows`).
     """
 
     panels: Tensor
@@ -65,6 +67,7 @@ class PackedBytes:
     depth: int
     is_narrow: bool
     is_gated: bool = False
+    turn: int = 1
     native: "ByteWeights | None" = field(default=None, compare=False, repr=False)
 
     def unpacked(self) -> QuantizedWeight:
@@ -89,6 +92,27 @@ def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
     scales = torch.where(is_used, span / 255, 0.0).masked_fill(~is_number, torch.nan)
     return bytes_, scales, zeros.int()
+
+
+def turn_rows(x: Tensor, turn: int) -> Tensor:
+    """Mix elements TURN_STRIDE apart, in blocks of `turn` of them, by the Hadamard matrix of 1 and -1.
+
+    Rows (..., depth) that have their large values in a few channels become rows that have them nowhere. Turned twice,
+    a row comes back `turn` times as large. A power of two, up to MOST_TURN, that times TURN_STRIDE divides the depth.
+    """
+    turned, done = x, 1
+    while done < turn:  # the order of the kernel's sums
+        pairs = turned.reshape(*x.shape[:-1], -1, 2, done * TURN_STRIDE)
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        turned = torch.stack((first + second, first - second), -2).view(x.shape)
+        done *= 2
+    return turned
+
+
+def best_turn(depth: int) -> int:
+    """The widest turn that rows of `depth` can take."""
+    count = depth // TURN_STRIDE
+    return 1 if depth % TURN_STRIDE else min(count & -count, MOST_TURN)
 
 
 def quantize_weight(weight: Tensor, *, narrow: bool) -> QuantizedWeight:
@@ -127,8 +151,13 @@ def gated_order(columns: int) -> Tensor:
     return torch.arange(columns).view(2, -1, half).transpose(0, 1).flatten()
 
 
-def pack_bytes(weight: QuantizedWeight, bias: Tensor | None = None, *, is_gated: bool = False) -> PackedBytes:
-    """Lay out quantised weights, and their bias (columns,), for `byte_linear`."""
+def pack_bytes(
+    weight: QuantizedWeight, bias: Tensor | None = None, *, is_gated: bool = False, turn: int = 1
+) -> PackedBytes:
+    """Lay out quantised weights, and their bias (columns,), for `byte_linear`.
+
+    With `turn`, `weight` is that of turned rows: `turn_rows(original, turn) / turn`.
+    """
     columns, depth = weight.values.shape
     values, scales = weight.values, weight.scales
     if is_gated:
@@ -147,6 +176,7 @@ def pack_bytes(weight: QuantizedWeight, bias: Tensor | None = None, *, is_gated:
         depth,
         is_narrow=is_narrow(weight.values),
         is_gated=is_gated,
+        turn=turn,
     )
 
 
@@ -160,12 +190,13 @@ def load_packed_bytes(
     *,
     is_narrow: bool,
     is_gated: bool,
+    turn: int,
 ) -> PackedBytes:
     """Weights that are packed already; the tensors are used where they lie (a mapped file, say)."""
     handle = None
     if HAS_KERNELS:
-        handle = native.ByteWeights(panels, scales, sums, bias, columns, depth, is_narrow)
-    return PackedBytes(panels, scales, sums, bias, columns, depth, is_narrow, is_gated, handle)
+        handle = native.ByteWeights(panels, scales, sums, bias, columns, depth, is_narrow, turn)
+    return PackedBytes(panels, scales, sums, bias, columns, depth, is_narrow, is_gated, turn, handle)
 
 
 def byte_linear_reference(
@@ -175,7 +206,8 @@ def byte_linear_reference(
 
     "add" adds `residual`; "silu_mul" needs gated weights and gives half the columns.
     """
-    rows, scales, zeros = quantize_rows_reference(x.reshape(-1, weights.depth))
+    turned = turn_rows(x.reshape(-1, weights.depth), weights.turn)
+    rows, scales, zeros = quantize_rows_reference(turned)
     weight = weights.unpacked()
     # Whole numbers below 2^53: float64 sums them exactly in any order.
     sums = (rows.double() - zeros.double()[:, None]) @ weight.values.double().T

@@ -12,8 +12,10 @@ from vila2.ops.quant import (
     HAS_KERNELS,
     NARROW_PAIR,
     PANEL,
+    TURN_STRIDE,
     PackedBytes,
     QuantizedWeight,
+    best_turn,
     byte_linear,
     byte_linear_reference,
     gated_order,
@@ -21,6 +23,7 @@ from vila2.ops.quant import (
     pack_bytes,
     quantize_rows_reference,
     quantize_weight,
+    turn_rows,
 )
 from vila2.ops.threads import set_threads
 
@@ -64,6 +67,40 @@ def test_rows_are_quantized_as_the_reference_says(rows, depth):
     assert not found[0][:, depth:].any()
     assert torch.equal(found[1], expected[1])
     assert torch.equal(found[2], expected[2])
+
+
+@needs_native
+@pytest.mark.parametrize("turn", [1, 2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_rows_are_turned_as_the_reference_says(blocks, turn):
+    depth = blocks * turn * TURN_STRIDE
+    x = rows_of(9, depth)
+    turned = turn_rows(x, turn)
+    assert ((turn_rows(turned, turn) / turn - x).abs() <= 1e-5 * x.abs().amax(-1, keepdim=True)).all()
+    found = (torch.empty(9, depth, dtype=torch.uint8), torch.empty(9), torch.empty(9, dtype=torch.int32))
+    native.quantize(x, *found, turn)
+    for got, expected in zip(found, quantize_rows_reference(turned), strict=True):
+        assert torch.equal(got, expected)
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 5, 30])
+def test_a_turned_product_is_that_of_the_rows_as_they_were(rows):
+    depth = 96 * TURN_STRIDE
+    weight = torch.randn(40, depth, generator=torch.Generator().manual_seed(0)) / depth**0.5
+    x = torch.randn(rows, depth, generator=torch.Generator().manual_seed(1))
+    x[:, 100] *= 200
+    turn = best_turn(depth)
+    assert turn == 32
+    weights = pack_bytes(quantize_weight(turn_rows(weight, turn) / turn, narrow=True), turn=turn)
+    y = byte_linear(x, weights)
+    assert torch.equal(y, byte_linear_reference(x, weights))
+    plain = byte_linear(x, pack_bytes(quantize_weight(weight, narrow=True)))
+    exact = x @ weight.T
+    assert (y - exact).square().mean() < 0.3 * (plain - exact).square().mean()
+    with pytest.raises(ValueError, match="turn: expected a power of two"):
+        pack_bytes(quantize_weight(weight[:, :80], narrow=True), turn=2)
+    assert [best_turn(depth) for depth in (1, 15, 16, 48, 64, 8960, 1 << 20)] == [1, 1, 1, 1, 4, 16, 64]
 
 
 @settings(max_examples=50, deadline=None)
