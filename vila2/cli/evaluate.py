@@ -149,7 +149,7 @@ def evaluate(
 
     \b
     vila2-fast evaluate CKPT --scenes 1000 --objects 1-4 --out ckpt.json
-    vila2-fast evaluate RUN/03-sft/checkpoint --tasks captions,presence --scenes 100
+    vila2-fast evaluate RUN/03-sft/checkpoint --tasks captions --scenes 100
     vila2-fast evaluate --compare before.json after.json
     vila2-fast evaluate --captions out/ --references coco.json
     vila2-fast evaluate --pairs a.jsonl b.jsonl --judge-url URL --judge-model NAME
@@ -197,11 +197,11 @@ def _score(captions: str, options: dict[str, Any]) -> "Evaluation":
     from vila2.evaluate.given import evaluate_references, evaluate_truths, source_of
     from vila2.evaluate.truths import read_truths
 
+    if not options["references"] and not options["truth"] and not Path(captions).is_dir():
+        raise click.UsageError("--captions of a file needs --references or --truth")
     texts = read_captions(captions, options["prompt"])
     if options["references"]:
         return evaluate_references(texts, read_references(options["references"]), captions)
-    if not options["truth"] and not Path(captions).is_dir():
-        raise click.UsageError("--captions of a file needs --references or --truth")
     return evaluate_truths(texts, read_truths(options["truth"] or source_of(Path(captions))), captions)
 
 

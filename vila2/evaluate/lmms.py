@@ -142,7 +142,7 @@ def _digest(pictures: Iterable[NDArray[np.uint8]]) -> bytes:
     digest = hashlib.blake2b()
     for picture in pictures:
         digest.update(f"{picture.shape}".encode())
-        digest.update(np.ascontiguousarray(picture))
+        digest.update(picture.tobytes())
     return digest.digest()
 
 
