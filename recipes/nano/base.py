@@ -70,7 +70,7 @@ def main() -> None:
         make_tower(tower, tokenizer, args.tower_steps, args.seed)
     decoder = ["train", str(HERE / "decoder.toml"), "--out", str(args.out / "decoder")]
     decoder += ["--threads", str(args.threads)]
-    subprocess.run([sys.executable, "-m", "vila2", *decoder], check=True)
+    subprocess.run([sys.executable, "-m", "vila2.cli", *decoder], check=True)
     if not base.exists():
         base.symlink_to(Path("decoder", "01-decoder", "checkpoint"))
     print(f"the base parts -> {base}")

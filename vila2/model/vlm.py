@@ -13,6 +13,7 @@ from vila2.model.decoder import Decoder, DecoderConfig
 from vila2.model.images import ImageProcessor, PreparedImage
 from vila2.model.projector import Projector, ProjectorConfig
 from vila2.model.vision import VisionConfig, VisionTower
+from vila2.ops.resize import Interpolation
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class ModelConfig:
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     shortest_edge: int | None = None
-    interpolation: str = "bicubic"
+    interpolation: Interpolation = "bicubic"
     min_tiles: int = 1
     max_tiles: int = 12
     s2_scales: tuple[int, ...] = ()
