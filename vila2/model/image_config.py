@@ -8,10 +8,11 @@ from typing import Any
 
 from vila2.errors import CheckpointError
 from vila2.model.weight_files import read_json
+from vila2.ops.resize import Interpolation
 
 Rgb = tuple[float, float, float]
 
-_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+_RESAMPLE: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class ImageSettings:
 
     size: int
     shortest_edge: int | None
-    interpolation: str
+    interpolation: Interpolation
     mean: Rgb
     std: Rgb
     pads: bool
