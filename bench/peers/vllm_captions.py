@@ -7,12 +7,15 @@ import argparse
 import os
 from typing import Any
 
+from common import CHAT, ROOT, noise_images
+
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB: more than 64 sequences of 320 tokens take
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+# What it compiles at its first start.
+os.environ["VLLM_CACHE_ROOT"] = str(ROOT / ".cache" / "peers" / "vllm-cache")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from common import CHAT, noise_images
 from PIL import Image
 from vllm import LLM, SamplingParams
 from workers import own_output, serve
