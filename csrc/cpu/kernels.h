@@ -94,7 +94,8 @@ struct ByteRows {
 enum class Source { kRows, kAddRmsNorm, kLayerNorm };
 
 // Before a row becomes bytes it may be turned: elements kTurnStride apart, in blocks of `turn` of them, are
-// mixed by a Hadamard matrix of 1 and -1. Large values, which sit in a few channels, are spread over the block.
+// mixed by a Hadamard matrix of 1 and -1. Large values, which sit in a few channels, are spread over the
+// block.
 inline constexpr int64_t kTurnStride = 16;
 inline constexpr int64_t kMostTurn = 64;
 

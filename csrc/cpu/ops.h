@@ -41,7 +41,8 @@ class PackedWeights {
   // `weight` is (columns, depth); `bias` is (columns) or null. Both are copied.
   PackedWeights(const float* weight, const float* bias, int64_t columns, int64_t depth, Storage storage);
 
-  // Weights that are packed already, used where they lie: bytes() of panels; padded_columns() of bias, or null.
+  // Weights that are packed already, used where they lie: bytes() of panels; padded_columns() of bias, or
+  // null.
   static PackedWeights over(const void* panels, const float* bias, int64_t columns, int64_t depth,
                             Storage storage);
 
