@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from vila2.config import DEFAULT_MODEL
-
 if TYPE_CHECKING:
     from vila2.evaluate import Comparison, Estimate, Evaluation
     from vila2.evaluate.judge import Judgement
@@ -178,6 +176,8 @@ def evaluate(
     else:
         if not checkpoint:
             print(_DEFAULT_NOTE, file=sys.stderr)
+        from vila2.config import DEFAULT_MODEL  # brings pydantic: not for --help
+
         _report(_measure(checkpoint or DEFAULT_MODEL, options), out, details, as_json)
 
 
