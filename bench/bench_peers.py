@@ -157,10 +157,14 @@ def cpu_flags() -> str:
 
 
 def row(
-    one: Contender, everyone: list[Contender], new_tokens: int, tops: list[dict[str, float]]
+    one: Contender,
+    everyone: list[Contender],
+    new_tokens: int,
+    tops: list[dict[str, float]],
+    shared: dict[str, Any],
 ) -> dict[str, Any]:
     values: dict[str, Any] = {
-        **facts(),
+        **shared,
         "cpu_flags": cpu_flags(),
         "engine": one.engine,
         "version": one.version,
@@ -210,6 +214,7 @@ def main() -> None:
     if args.build:
         return
 
+    shared = facts()  # now: the checkout may change while this runs
     tops: list[dict[str, float]] = []
     with ExitStack() as stack:
         for one in everyone:
@@ -225,7 +230,7 @@ def main() -> None:
 
     print()
     for one in everyone:
-        values = row(one, everyone, args.new_tokens, tops)
+        values = row(one, everyone, args.new_tokens, tops, shared)
         speed = f"{values['images_per_s']:.3f} images/s" if one.seconds else one.reason
         print(f"{one.name:24} batch {one.batch:3}  {speed}  ours is {values['ours_times'] or 0:.2f} times")
         if not args.no_row:

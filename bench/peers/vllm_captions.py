@@ -35,6 +35,7 @@ def main() -> None:
         dtype="bfloat16" if args.precision == "bf16" else "float32",
         max_model_len=1024,
         max_num_seqs=args.batch,
+        max_num_batched_tokens=2048,
         limit_mm_per_prompt={"image": 1},
         enable_prefix_caching=False,
         mm_processor_cache_gb=0,
