@@ -28,8 +28,8 @@ class BuildError(Exception):
 class Environment:
     """What to install, what to take away again, and how to make the peer's own form of the model.
 
-    `emptied` are modules that fail without compiled parts that no CPU build has. In `convert`, {checkpoint},
-    {model}, {bin} and {scripts} stand for the checkpoint, the folder to write, the environment's programs and this folder.
+    `emptied` are modules that fail without compiled parts that no CPU build has. In `convert`, {checkpoint}, {model},
+    {bin} and {scripts} stand for the checkpoint, the folder to write, the environment's programs and this folder.
     """
 
     name: str
