@@ -77,17 +77,21 @@ class NativeCaptioner:
         processor = self.checkpoint.image_processor
         return processor.image_size if processor.mode == "resize" else None
 
-    def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
-        """One RGB image (height, width, 3) to the model's tiles."""
-        return self.checkpoint.image_processor.prepare(image)
+    @property
+    def room(self) -> int:
+        """How many requests the engine takes: one load ahead, so that images are encoded in batches."""
+        return self.engine.limits.max_num_seqs + self.engine.limits.vision_batch
+
+    def prepare(self, image: NDArray[np.uint8], num_images: int = 1) -> PreparedImage:
+        """One RGB image (height, width, 3), one of the `num_images` of its request, to the model's tiles."""
+        return self.checkpoint.image_processor.prepare(image, num_images)
 
     def caption(self, requests: Iterable[CaptionRequest | None]) -> Iterator[Caption]:
-        """See `Captioner.caption`. Takes requests one engine load ahead, so that images are encoded in batches."""
+        """See `Captioner.caption`."""
         source = iter(requests)
         exhausted = False
-        room = self.engine.limits.max_num_seqs + self.engine.limits.vision_batch
         while not exhausted or self.engine.num_unfinished:
-            while not exhausted and self.engine.num_unfinished < room:
+            while not exhausted and self.engine.num_unfinished < self.room:
                 try:
                     request = next(source)
                 except StopIteration:
@@ -95,16 +99,16 @@ class NativeCaptioner:
                     break
                 if request is None:
                     break
-                error = self._add(request)
+                error = self.add(request)
                 if error:
                     yield Caption(request.id, "", finish_reason=FinishReason.ERROR, error=error)
             if self.engine.num_unfinished:
-                for finished in self.engine.step():
-                    yield self._caption(finished)
+                yield from self.step()
             elif not exhausted:
                 time.sleep(0.001)  # nothing to do until the source has a request
 
-    def _add(self, request: CaptionRequest) -> SampleError | None:
+    def add(self, request: CaptionRequest) -> SampleError | None:
+        """Queue a request; why it cannot be, if so. In the thread that steps, and only while there is `room`."""
         images: list[PreparedImage] = list(request.images)
         try:
             prompt = build_prompt(
@@ -130,6 +134,15 @@ class NativeCaptioner:
             return SampleError(ErrorKind.PROMPT_TOO_LONG, str(error))
         self._under_way[request.id] = request
         return None
+
+    def step(self) -> list[Caption]:
+        """Advance everything by one step; what ended in it."""
+        return [self._caption(finished) for finished in self.engine.step()]
+
+    def abort(self, number: int) -> bool:
+        """Drop a request; False if it is not under way."""
+        self._under_way.pop(number, None)
+        return self.engine.abort(number)
 
     def _draft_tokens(self, request: CaptionRequest) -> tuple[int, ...]:
         # A token is seldom longer than this; what lies far beyond the longest caption is of no use.
