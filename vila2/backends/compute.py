@@ -1,6 +1,7 @@
 """Which arithmetic a precision means on this machine, and what the machine has."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from vila2.errors import UsageError
 from vila2.model.quantize import quantize_model
+from vila2.model.sample import Sample
 from vila2.model.vlm import VisionLanguageModel
 from vila2.ops.linear import pack_linears
 from vila2.ops.native import capabilities
@@ -67,10 +69,13 @@ def wants_narrow() -> bool:
     return capabilities().isa in ("avx2", "avx512")
 
 
-def pack_model(model: VisionLanguageModel, plan: ComputePlan) -> None:
-    """Turn a loaded model (float32, or already in the plan's type) into what the plan runs, in place."""
+def pack_model(model: VisionLanguageModel, plan: ComputePlan, samples: Sequence[Sample] = ()) -> None:
+    """Turn a loaded model (float32, or already in the plan's type) into what the plan runs, in place.
+
+    `samples` are what int8 weights are rounded for (see vila2.backends.samples).
+    """
     if plan.packed_dtype is torch.int8:
-        quantize_model(model, narrow=wants_narrow())
+        quantize_model(model, narrow=wants_narrow(), samples=samples)
     elif plan.packed_dtype is not None:
         pack_linears(model, plan.packed_dtype)
     else:

@@ -29,8 +29,8 @@ from vila2.backends.engine_dir import (
     read_engine,
     versions,
 )
-from vila2.backends.native import NativeCaptioner, size_engine
 from vila2.backends.quality import Quality, Reference, compare, tell
+from vila2.backends.samples import COUNT, EXACT, own_samples, write_captions
 from vila2.data.files import make_folder, sync_file, sync_folder
 from vila2.data.lock import waiting_lock
 from vila2.errors import OutputError, UsageError, VilaError
@@ -39,10 +39,11 @@ from vila2.model.digest import cache_folder
 from vila2.model.images import PreparedImage
 from vila2.model.layout import small_files
 from vila2.model.packed import save_packed
+from vila2.model.sample import Sample
 from vila2.ops.native import capabilities
 from vila2.ops.quant import HAS_KERNELS
 from vila2.ops.threads import set_threads
-from vila2.types import Caption, CaptionRequest, SamplingParams
+from vila2.types import Caption
 
 USED_FILE = "used"  # in a cached engine; its time is that of the last run (see `vila2-fast engines`)
 _TMP = ".building"
@@ -81,10 +82,12 @@ def build_engine(
     threads: int | None = None,
     template: str | None = None,
     calibration: Calibration | None = None,
+    samples: int = COUNT,
     observe: Callable[[str], None] = lambda stage: None,
 ) -> EngineRecord:
     """Build the CPU engine of a checkpoint in the folder `out`; nothing is done where it is there already.
 
+    int8 weights are rounded for up to `samples` images of the world; 0 rounds each to its nearest step.
     QualityError, and no engine, if the calibration refuses it; OutputError if `out` is something else or cannot be
     written. `observe` is told each stage as it begins.
     """
@@ -100,12 +103,13 @@ def build_engine(
     make_folder(out.parent)
     observe("waiting for another builder")
     with _write_errors(out), waiting_lock(out.with_name(f".{out.name}.lock")):
-        present = _present(out, info, precision, layout_of(plan), calibration)
+        samples = samples if precision == "int8" else 0
+        present = _present(out, info, precision, layout_of(plan), calibration, samples)
         if present is not None:
             return present
         set_threads(threads or available_cores())
         _clear(out)
-        return _build(info, out, plan, precision, template, calibration, observe)
+        return _build(info, out, plan, precision, template, calibration, samples, observe)
 
 
 def cached_engine(path: str | Path) -> Path | None:
@@ -127,7 +131,12 @@ def cached_engine(path: str | Path) -> Path | None:
 
 
 def _present(
-    out: Path, info: CheckpointInfo, precision: str, layout: str, calibration: Calibration | None
+    out: Path,
+    info: CheckpointInfo,
+    precision: str,
+    layout: str,
+    calibration: Calibration | None,
+    samples: int,
 ) -> EngineRecord | None:
     """The engine that is there, if it is the one asked for."""
     if not is_engine(out):
@@ -136,7 +145,8 @@ def _present(
         record = read_engine(out)
     except VilaError:
         return None
-    same = (record.digest, record.precision, record.layout) == (info.digest, precision, layout)
+    found = (record.digest, record.precision, record.layout, record.samples)
+    same = found == (info.digest, precision, layout, samples)
     whole = same and record.versions == versions() and (record.quality is not None or calibration is None)
     return record if whole and (out / WEIGHTS_FILE).stat().st_size == record.weight_bytes else None
 
@@ -148,6 +158,7 @@ def _build(
     precision: str,
     template: str | None,
     calibration: Calibration | None,
+    samples: int,
     observe: Callable[[str], None],
 ) -> EngineRecord:
     observe("loading")
@@ -157,12 +168,17 @@ def _build(
     if calibration is not None:
         observe("captions in float32")
         images = [checkpoint.image_processor.prepare(image) for image in calibration.images]
-        exact = ComputePlan(torch.float32, None, torch.float32, "float32")
-        captions = _captions(checkpoint, exact, template, calibration, images)
+        captions = write_captions(
+            checkpoint, EXACT, template, calibration.prompt, images, calibration.max_new_tokens
+        )
         answers = [caption.token_ids for caption in captions]
         reference = tell(checkpoint, template, calibration.prompt, images, answers)
+    own: tuple[Sample, ...] = ()
+    if plan.packed_dtype is torch.int8 and samples:
+        observe("samples to round for")
+        own = own_samples(checkpoint, template, samples)
     observe("packing")
-    pack_model(checkpoint.model, plan)
+    pack_model(checkpoint.model, plan, own)
     quality: dict[str, Any] | None = None
     if calibration is not None and reference is not None and captions is not None and images is not None:
         observe(f"captions in {precision}")
@@ -177,30 +193,13 @@ def _build(
         precision=precision,
         layout=layout_of(plan),
         weight_bytes=0,
+        samples=samples,
         config=config,
         limits={"max_positions": config.decoder.max_positions, "tokens_per_tile": config.tokens_per_tile},
         quality=quality,
         versions=versions(),
     )
     return _write(checkpoint, info, record, out)
-
-
-def _captions(
-    checkpoint: LoadedCheckpoint,
-    plan: ComputePlan,
-    template: str,
-    calibration: Calibration,
-    images: Sequence[PreparedImage],
-) -> list[Caption]:
-    limits = size_engine(checkpoint, plan, "cpu", None, calibration.max_new_tokens)
-    captioner = NativeCaptioner(checkpoint, plan, "", template, limits)
-    sampling = SamplingParams(max_new_tokens=calibration.max_new_tokens)
-    requests = (CaptionRequest(i, calibration.prompt, (image,), sampling) for i, image in enumerate(images))
-    captions = {caption.id: caption for caption in captioner.caption(requests)}
-    for caption in captions.values():
-        if caption.error is not None:
-            raise UsageError(f"a calibration image cannot be captioned: {caption.error.message}")
-    return [captions[i] for i in range(len(images))]
 
 
 def _measure(
@@ -213,7 +212,7 @@ def _measure(
     images: Sequence[PreparedImage],
 ) -> dict[str, Any]:
     """The figures for engine.json; QualityError past the calibration's limits."""
-    after = _captions(checkpoint, plan, template, calibration, images)
+    after = write_captions(checkpoint, plan, template, calibration.prompt, images, calibration.max_new_tokens)
     measured = compare(checkpoint.model, reference, [caption.token_ids for caption in after], plan.kv_dtype)
     _refuse(measured, calibration)
     figures: dict[str, Any] = {"calibration": calibration.name, **asdict(measured)}

@@ -27,7 +27,7 @@ from vila2.model.vlm import ModelConfig
 from vila2.ops.linear import panel_layout
 
 BACKEND = "native"
-FORMAT = 1  # of the directory; another number is another layout of files or weights
+FORMAT = 2  # of the directory; another number is another layout of files or weights
 ENGINE_FILE = "engine.json"
 WEIGHTS_FILE = "weights.safetensors"
 TOKENIZER_FOLDER = "tokenizer"
@@ -45,6 +45,7 @@ class EngineRecord:
     precision: str
     layout: str
     weight_bytes: int
+    samples: int  # that int8 weights were rounded for, at most
     config: ModelConfig
     limits: Mapping[str, int]
     quality: Mapping[str, Any] | None

@@ -33,6 +33,7 @@ from vila2.errors import UsageError
 from vila2.model.checkpoint import LoadedCheckpoint, load_checkpoint
 from vila2.model.images import PreparedImage
 from vila2.model.prompt import build_prompt, check_template
+from vila2.model.sample import Sample
 from vila2.ops.native import capabilities
 from vila2.ops.threads import set_threads
 from vila2.types import Caption, CaptionRequest, ErrorKind, FinishReason, SampleError
@@ -262,7 +263,12 @@ def _load(
         if cached is not None:
             return _open_engine(cached, device, precision, deterministic)[0]
     checkpoint = load_checkpoint(path, dtype=plan.model_dtype, device=device)
-    pack_model(checkpoint.model, plan)
+    samples: tuple[Sample, ...] = ()
+    if plan.packed_dtype is torch.int8:
+        from vila2.backends.samples import own_samples
+
+        samples = own_samples(checkpoint, checkpoint.config.template)
+    pack_model(checkpoint.model, plan, samples)
     return checkpoint
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from vila2.engine.runner import PagedAttend
 from vila2.model.checkpoint import LoadedCheckpoint
 from vila2.model.images import PreparedImage
-from vila2.model.prompt import PromptTokens, build_prompt
+from vila2.model.prompt import build_prompt
+from vila2.model.sample import Sample, embed_sample
 from vila2.model.vlm import VisionLanguageModel
 
 _ROWS_AT_ONCE = 32  # a vocabulary of 150,000 in float64 twice: 80 MB
@@ -21,26 +22,27 @@ _ROWS_AT_ONCE = 32  # a vocabulary of 150,000 in float64 twice: 80 MB
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """`next_token_kl` is the mean KL divergence in nats, float32 against ours; `greedy_agreement` the share of tokens
-    that both would write next; `equal_captions` the share of captions, freely written, that agree to the last token.
+    """`next_token_kl` and `greedy_agreement` follow the greedy captions that float32 writes, each to its end, given the
+    tokens before: the mean KL divergence in nats, float32 against ours, and the share of tokens that ours would write
+    next too. The others compare captions that each writes freely: the share of float32's tokens that ours holds at
+    the same place, where one other word shifts all that follow, and of captions that agree to the last token.
     """
 
     images: int
     tokens: int
     next_token_kl: float
     greedy_agreement: float
+    free_agreement: float
     equal_captions: float
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """One image, what was asked of it, what float32 answered, and its hidden states (tokens, hidden) there: row i is
-    what the i-th token of the answer, or at last its end, is read from.
+    """A sample that float32 answered, and its hidden states (tokens, hidden) there: row i is what the i-th token of
+    the answer, or at last its end, is read from.
     """
 
-    image: PreparedImage
-    prompt: PromptTokens
-    answer: tuple[int, ...]
+    sample: Sample
     hidden: Tensor
 
 
@@ -65,7 +67,8 @@ def tell(
     told = []
     for image, answer in zip(images, answers, strict=True):
         tokens = build_prompt(template, prompt, [image], checkpoint.tokenizer, checkpoint.config)
-        told.append(Told(image, tokens, answer, follow(model, tokens, image, answer, torch.float32)))
+        sample = Sample(image, tokens, answer)
+        told.append(Told(sample, follow(model, sample, torch.float32)))
     return Reference(tuple(told), model.decoder.lm_head.weight.detach().clone())
 
 
@@ -79,34 +82,32 @@ def compare(
     """Measure `model`, whose own free `answers` are given, against the reference."""
     divergence, agreed, count = 0.0, 0, 0
     for told in reference.told:
-        hidden = follow(model, told.prompt, told.image, told.answer, kv_dtype)
+        hidden = follow(model, told.sample, kv_dtype)
         for ours, theirs in _blocks(hidden, told.hidden):
             log_ours = model.decoder.logits(ours).double().log_softmax(-1)
             log_theirs = (theirs @ reference.head.T).double().log_softmax(-1)
             divergence += float((log_theirs.exp() * (log_theirs - log_ours)).sum())
             agreed += int((log_ours.argmax(-1) == log_theirs.argmax(-1)).sum())
             count += len(ours)
-    equal = sum(told.answer == answer for told, answer in zip(reference.told, answers, strict=True))
-    images = len(reference.told)
-    return Quality(images, count, divergence / count, agreed / count, equal / images)
+    expected = [told.sample.answer for told in reference.told]
+    pairs = list(zip(expected, answers, strict=True))
+    held = sum(a == b for theirs, ours in pairs for a, b in zip(theirs, ours, strict=False))
+    written = sum(len(theirs) for theirs in expected)
+    equal = sum(theirs == ours for theirs, ours in pairs)
+    return Quality(
+        images=len(pairs),
+        tokens=count,
+        next_token_kl=divergence / count,
+        greedy_agreement=agreed / count,
+        free_agreement=held / written if written else 1.0,
+        equal_captions=equal / len(pairs),
+    )
 
 
-def follow(
-    model: VisionLanguageModel,
-    prompt: PromptTokens,
-    image: PreparedImage,
-    answer: Sequence[int],
-    kv_dtype: torch.dtype,
-) -> Tensor:
-    """The hidden states (len(answer) + 1, hidden) that `answer` and its end are read from, in one pass."""
+def follow(model: VisionLanguageModel, sample: Sample, kv_dtype: torch.dtype) -> Tensor:
+    """The hidden states (len(answer) + 1, hidden) that the answer and its end are read from, in one pass."""
     decoder, config = model.decoder, model.config.decoder
-    visual = model.encode_images([image])[0]
-    tokens = torch.tensor([*prompt.token_ids, *answer])
-    hidden = decoder.embed(tokens.clamp_min(0))
-    rows = image.num_tokens // image.num_placeholders
-    for start, length, _, chunk in prompt.image_spans:
-        hidden[start : start + length] = visual[chunk * rows : chunk * rows + length]
-    count = len(tokens)
+    count = len(sample)
     shape = (config.num_layers, 2, 1, config.num_kv_heads, count, config.head_dim)
     attend = PagedAttend(
         cache=torch.zeros(shape, dtype=kv_dtype),
@@ -119,8 +120,8 @@ def follow(
         sin=decoder.sin,
         scale=config.head_dim**-0.5,
     )
-    states: Tensor = decoder(hidden, attend)
-    return states[len(prompt.token_ids) - 1 :].float()
+    states: Tensor = decoder(embed_sample(model, sample), attend)
+    return states[len(sample.prompt.token_ids) - 1 :].float()
 
 
 def _blocks(ours: Tensor, theirs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

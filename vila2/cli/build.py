@@ -47,6 +47,14 @@ if TYPE_CHECKING:
     metavar="N",
     help="How many of them; 0 builds without measuring.",
 )
+@click.option(
+    "--samples",
+    type=click.IntRange(0),
+    default=16,
+    show_default=True,
+    metavar="N",
+    help="int8: images of the synthetic world that weights are rounded for; 0 rounds each to its nearest step.",
+)
 @click.option("--prompt-text", metavar="TEXT", help="What is asked of them. [a detailed description]")
 @click.option(
     "--max-new-tokens",
@@ -91,6 +99,7 @@ def build(
     calibration: str | None,
     image_root: str | None,
     calibration_images: int,
+    samples: int,
     prompt_text: str | None,
     max_new_tokens: int | None,
     max_kl: float,
@@ -147,6 +156,7 @@ def build(
         threads=threads,
         template=template,
         calibration=chosen,
+        samples=samples,
         observe=lambda stage: print(stage, file=sys.stderr),
     )
     if as_json:

@@ -102,14 +102,16 @@ def ready(model: VisionLanguageModel) -> VisionLanguageModel:
         patch.packed = pack(patch.weight, patch.bias, torch.bfloat16)
     for layers in (model.vision.layers, model.decoder.layers):
         for index, layer in enumerate(layers):
-            if not all(
-                isinstance(child.packed, PackedBytes)
-                for child in layer.children()
-                if isinstance(child, Linear)
-            ):
-                continue
-            if isinstance(layer, DecoderLayer) and _bytes(layer.gate_up).is_gated:
-                layers[index] = ByteDecoderLayer(layer)
-            elif isinstance(layer, VisionLayer) and layer.activation != "gelu":
-                layers[index] = ByteVisionLayer(layer)
+            layers[index] = fuse(layer)
     return model
+
+
+def fuse(layer: nn.Module) -> nn.Module:
+    """The block that takes norms and activations along, where all products of `layer` are packed for it."""
+    products = [child for child in layer.children() if isinstance(child, Linear)]
+    if all(isinstance(product.packed, PackedBytes) for product in products):
+        if isinstance(layer, DecoderLayer) and _bytes(layer.gate_up).is_gated:
+            return ByteDecoderLayer(layer)
+        if isinstance(layer, VisionLayer) and layer.activation != "gelu":
+            return ByteVisionLayer(layer)
+    return layer

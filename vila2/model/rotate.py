@@ -17,6 +17,7 @@ from vila2.model.projector import Projector
 from vila2.ops.linear import Linear
 
 _MOST_HADAMARD = 512
+LEADER = 0
 
 
 def hadamard(size: int) -> Tensor:
@@ -31,10 +32,13 @@ def hadamard(size: int) -> Tensor:
 class Rotation:
     """An orthogonal Q of `size`: random signs, a Hadamard matrix on blocks, a random rotation across them.
 
-    Applied in size * (block + blocks) steps instead of size^2; a function of `size` and `seed` alone.
+    Applied in size * (block + blocks) steps instead of size^2; a function of `size`, `seed` and `leaders` alone.
+
+    `leaders` (2, size), orthonormal, are directions that would widen the range of every row: the first is turned to
+    one value in all channels but LEADER, which the zero point of a row's bytes takes up; the second to LEADER alone.
     """
 
-    def __init__(self, size: int, seed: int = 0) -> None:
+    def __init__(self, size: int, seed: int = 0, leaders: Tensor | None = None) -> None:
         rng = torch.Generator().manual_seed(seed)
         block = min(size & -size, _MOST_HADAMARD)
         self.size = size
@@ -42,12 +46,25 @@ class Rotation:
         self.within = hadamard(block)
         across = torch.randn(size // block, size // block, generator=rng, dtype=torch.float64)
         self.across = torch.linalg.qr(across).Q
+        self.mirrors: list[Tensor] = []
+        if leaders is not None and size > 2:
+            targets = torch.zeros(2, size, dtype=torch.float64)
+            targets[1, LEADER] = 1
+            targets[0] = (1 - targets[1]) / (size - 1) ** 0.5
+            for leader, target in zip(leaders.double(), targets, strict=True):
+                normal = self.rows(leader) - target  # at right angles to the targets before
+                length = normal.norm()
+                if length > 1e-9:
+                    self.mirrors.append(normal / length)
 
     def rows(self, x: Tensor) -> Tensor:
         """`x @ Q` for rows (..., size), computed in float64 and rounded to the type of `x`."""
         parts = (x.double() * self.signs).view(*x.shape[:-1], len(self.across), len(self.within))
         turned = torch.einsum("...mb,mn->...nb", parts @ self.within, self.across)
-        return turned.reshape(x.shape).to(x.dtype)
+        turned = turned.reshape(x.shape)
+        for normal in self.mirrors:
+            turned = turned - 2 * (turned @ normal)[..., None] * normal
+        return turned.to(x.dtype)
 
     def columns(self, weight: Tensor) -> Tensor:
         """`Q.T @ weight` for a weight (size, in) or a bias (size,)."""
@@ -55,9 +72,9 @@ class Rotation:
 
 
 @torch.no_grad()
-def rotate_decoder(decoder: Decoder, projector: Projector, seed: int = 0) -> None:
+def rotate_decoder(decoder: Decoder, projector: Projector, rotation: Rotation | None = None) -> None:
     """Turn the residual stream of an unpacked model, in place. The head is no longer tied to the embeddings."""
-    rotation = Rotation(decoder.config.hidden_size, seed)
+    rotation = rotation or Rotation(decoder.config.hidden_size)
     # Before the embeddings change: a tied head reads them as they are.
     head = rotation.rows(decoder.lm_head.weight * decoder.norm.weight)
     decoder.config = replace(decoder.config, tie_embeddings=False)
@@ -65,7 +82,7 @@ def rotate_decoder(decoder: Decoder, projector: Projector, seed: int = 0) -> Non
     decoder.norm.weight.fill_(1.0)
     _set_in_parts(decoder.embed_tokens.weight, rotation)
     _write(last_linear(projector), rotation)
-    within = Rotation(decoder.config.head_dim, seed)
+    within = Rotation(decoder.config.head_dim)
     for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)
         for norm, product in ((layer.attn_norm, layer.qkv), (layer.mlp_norm, layer.gate_up)):

@@ -121,14 +121,20 @@ def quantize_weight(weight: Tensor, *, narrow: bool) -> QuantizedWeight:
     With `narrow` the pairs (0, 1), (2, 3), ... of the depth keep NARROW_PAIR: the scale grows where they would not.
     """
     weight = weight.detach().float()
+    scales = least_scales(weight, narrow=narrow)
+    values = torch.round(weight / torch.where(scales > 0, scales, 1.0)[:, None]).clamp(-MOST, MOST)
+    return QuantizedWeight(values.to(torch.int8), scales)
+
+
+def least_scales(weight: Tensor, *, narrow: bool) -> Tensor:
+    """The least scales (columns,) by which float32 `weight` (columns, depth) is rounded without clipping."""
     scales = weight.abs().amax(1) / MOST
     if narrow:
         pairs = _pairs(weight)
         sums = torch.maximum(pairs.clamp_min(0).sum(-1), -pairs.clamp_max(0).sum(-1)).amax(1)
         # One less: both of a pair may round up by a half.
         scales = torch.maximum(scales, sums / (NARROW_PAIR - 1))
-    values = torch.round(weight / torch.where(scales > 0, scales, 1.0)[:, None]).clamp(-MOST, MOST)
-    return QuantizedWeight(values.to(torch.int8), scales)
+    return scales
 
 
 def is_narrow(values: Tensor) -> bool:
