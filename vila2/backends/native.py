@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from vila2.backends.compute import (
+    ON_CUDA,
     ComputePlan,
     available_cores,
     available_memory,
     pack_model,
     plan_compute,
-    resolve_device,
+    resolve_device_for,
 )
 from vila2.backends.engine_dir import (
     check_asked,
@@ -228,10 +229,10 @@ def open_checkpoint(
     set_threads(threads or available_cores())
     if is_engine(path):
         checkpoint, plan = _open_engine(path, device, precision, deterministic)
-        name, device = read_engine(path).name, "cpu"
+        name, device = read_engine(path).name, checkpoint.model.decoder.cos.device.type
     else:
-        device = resolve_device(device)
         precision = DEFAULT_PRECISION if precision == "auto" else precision
+        device = resolve_device_for(device, precision)
         plan = plan_compute(device, precision, deterministic, capabilities().fast_bf16)
         checkpoint = _load(path, plan, device, precision, deterministic)
         name = Path(path).resolve().name
@@ -246,22 +247,25 @@ def _open_engine(
 ) -> tuple[LoadedCheckpoint, ComputePlan]:
     record = read_engine(path)
     check_asked(path, record, precision, device)
-    plan = plan_compute("cpu", record.precision, deterministic, capabilities().fast_bf16)
+    device = "cpu" if record.device == "cpu" else resolve_device_for(device, record.precision)
+    plan = plan_compute(device, record.precision, deterministic, capabilities().fast_bf16)
     check_engine(path, record, layout_of(plan))
-    return load_engine(path, record), plan
+    return load_engine(path, record, device), plan
 
 
 def _load(
     path: str | Path, plan: ComputePlan, device: str, precision: str, deterministic: bool
 ) -> LoadedCheckpoint:
-    """The checkpoint as the plan runs it. Rounding to int8 takes a while: it is done once, into a cache."""
-    if plan.packed_dtype is torch.int8:
+    """The checkpoint as the plan runs it. Rounding to 8 bits or 4 takes a while: it is done once, into a cache."""
+    if precision in ("int8", *ON_CUDA):
         from vila2.backends.engine_build import cached_engine  # which captions with this module
 
-        cached = cached_engine(path)
+        cached = cached_engine(path, precision)
         if cached is not None:
             return _open_engine(cached, device, precision, deterministic)[0]
-    checkpoint = load_checkpoint(path, dtype=plan.model_dtype, device=device)
+    # What is rounded to few bits is rounded once, from float32.
+    dtype = torch.float32 if precision in ON_CUDA else plan.model_dtype
+    checkpoint = load_checkpoint(path, dtype=dtype, device=device)
     pack_model(checkpoint.model, plan)
     return checkpoint
 
