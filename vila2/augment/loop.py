@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vila2.augment import boxes, carry, gates, source, texts
+from vila2.augment import base, boxes, carry, gates, source, texts
 from vila2.augment.context import Context, Observe, Outcome, Stopped
 from vila2.augment.ledger import Clock, Ledger, costs, now, versions
 from vila2.augment.plan import Decided, ancestors, dependants, find_step, plan
@@ -26,6 +26,7 @@ RECIPE = "loop.json"
 SET_ASIDE = "replaced"
 _WORK = {
     "source": source.run_source,
+    "base": base.run_base,
     "boxes": boxes.run_boxes,
     "captions": texts.run_captions,
     "train": carry.run_train,
