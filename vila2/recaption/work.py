@@ -95,6 +95,7 @@ def make_loader(captioner: Captioner, settings: RecaptionSettings) -> Callable[[
     )
 
     decode = open_decoder(captioner, settings, limits)
+    prepare_file = getattr(captioner, "prepare_file", None)  # of those that may send the file itself
 
     def load(job: Job) -> Loaded:
         sample, light = job.sample, _without_bytes(job)
@@ -106,7 +107,7 @@ def make_loader(captioner: Captioner, settings: RecaptionSettings) -> Callable[[
             image = decode(sample.image)
         except DecodeError as error:
             return Loaded(light, error=SampleError(error.kind, str(error)), image_digest=digest)
-        prepared = captioner.prepare(image.pixels)
+        prepared = prepare_file(image.pixels, sample.image) if prepare_file else captioner.prepare(image.pixels)
         size = getattr(prepared, "nbytes", image.pixels.nbytes)
         return Loaded(light, prepared, None, image.width, image.height, digest, size)
 

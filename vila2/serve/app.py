@@ -237,7 +237,10 @@ def make_app(
     """The application. `key` None lets everybody in; with one, only /health is open."""
     check = KeyCheck(key)
     captioner = desk.captioner
-    entry = model_entry(model, captioner.model_digest, int(time.time()), captioner.engine.max_total_tokens())
+    # Beyond what the engine takes, another batch of images that is decoded and waits.
+    parallel = captioner.room + captioner.engine.limits.vision_batch
+    longest = captioner.engine.max_total_tokens()
+    entry = model_entry(model, captioner.model_digest, int(time.time()), longest, parallel)
 
     def answered(value: dict[str, Any], status: int = 200) -> Response:
         return Response(to_json(value), status, media_type="application/json")
