@@ -201,6 +201,7 @@ def open_native(settings: RecaptionSettings) -> NativeCaptioner:
         max_new_tokens=settings.max_new_tokens,
         resize=settings.resize,
         gpu_memory=settings.gpu_memory,
+        processes=settings.processes_on_cpu,
     )
 
 
@@ -216,13 +217,14 @@ def open_checkpoint(
     max_new_tokens: int = 256,
     resize: str = "exact",
     gpu_memory: float = 0.9,
+    processes: int = 1,
 ) -> NativeCaptioner:
     """Open a checkpoint, or an engine directory that was built from one (see vila2.backends.engine_dir).
 
     `precision` "auto" is the engine's own, or bf16. `batch_size` is the number of sequences decoded together
     (default: by the device and its memory); `max_new_tokens` is only the usual length, by which the cache is sized;
     `resize` is exact (Pillow's pixels) or fast (see `ImageProcessor.exact`); `gpu_memory` is the share of a card that
-    may be used in all.
+    may be used in all, `processes` how many like this one share the machine's memory.
     """
     if template is not None:
         check_template(template)
@@ -238,7 +240,7 @@ def open_checkpoint(
         name = Path(path).resolve().name
     processor = replace(checkpoint.image_processor, exact=resize == "exact")
     checkpoint = replace(checkpoint, image_processor=processor)
-    limits = size_engine(checkpoint, plan, device, batch_size, max_new_tokens, gpu_memory)
+    limits = size_engine(checkpoint, plan, device, batch_size, max_new_tokens, gpu_memory, processes)
     return NativeCaptioner(checkpoint, plan, name, template or checkpoint.config.template, limits)
 
 
@@ -277,6 +279,7 @@ def size_engine(
     batch_size: int | None,
     max_new_tokens: int,
     gpu_memory: float = 0.9,
+    processes: int = 1,
 ) -> EngineLimits:
     """Batch sizes for the device, and a cache for the batch within a share of the free memory.
 
@@ -289,7 +292,7 @@ def size_engine(
     max_num_seqs = batch_size or (256 if device == "cuda" else 64)
     max_batch_tokens = max(8192 if device == "cuda" else 512, max_num_seqs)
     vision_batch = 64 if device == "cuda" else 8
-    budget = 0.4 * available_memory()
+    budget = 0.4 * available_memory() / processes
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         budget = kv_budget(
