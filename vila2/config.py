@@ -30,7 +30,7 @@ Decoder = Literal["auto", "dali", "cpu"]
 
 # What each backend runs today; anything else is refused before a checkpoint is read.
 BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {
-    "native": ("float32", "bf16", "int8"),
+    "native": ("float32", "bf16", "int8", "fp8", "int4"),
     "http": (),
     "trtllm": ("bf16", "fp8", "int4"),
 }

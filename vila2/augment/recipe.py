@@ -178,6 +178,8 @@ class Evaluate(_Settings):
     dev: Scenes = Scenes(split="dev", scenes=500)
     test: Scenes | None = Scenes(split="heldout", scenes=1000)
     style: str = "fluent"
+    themes: tuple[str, ...] = ()  # those of the source's world, if it has any
+    sign_words: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     limit: Annotated[int, Field(ge=1)] | None = None
     precision: str = "bf16"

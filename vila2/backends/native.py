@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from vila2.backends.compute import (
+    ON_CUDA,
     ComputePlan,
     available_cores,
     available_memory,
     pack_model,
     plan_compute,
-    resolve_device,
+    resolve_device_for,
 )
 from vila2.backends.engine_dir import (
     check_asked,
@@ -77,17 +78,21 @@ class NativeCaptioner:
         processor = self.checkpoint.image_processor
         return processor.image_size if processor.mode == "resize" else None
 
-    def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
-        """One RGB image (height, width, 3) to the model's tiles."""
-        return self.checkpoint.image_processor.prepare(image)
+    @property
+    def room(self) -> int:
+        """How many requests the engine takes: one load ahead, so that images are encoded in batches."""
+        return self.engine.limits.max_num_seqs + self.engine.limits.vision_batch
+
+    def prepare(self, image: NDArray[np.uint8], num_images: int = 1) -> PreparedImage:
+        """One RGB image (height, width, 3), one of the `num_images` of its request, to the model's tiles."""
+        return self.checkpoint.image_processor.prepare(image, num_images)
 
     def caption(self, requests: Iterable[CaptionRequest | None]) -> Iterator[Caption]:
-        """See `Captioner.caption`. Takes requests one engine load ahead, so that images are encoded in batches."""
+        """See `Captioner.caption`."""
         source = iter(requests)
         exhausted = False
-        room = self.engine.limits.max_num_seqs + self.engine.limits.vision_batch
         while not exhausted or self.engine.num_unfinished:
-            while not exhausted and self.engine.num_unfinished < room:
+            while not exhausted and self.engine.num_unfinished < self.room:
                 try:
                     request = next(source)
                 except StopIteration:
@@ -95,16 +100,16 @@ class NativeCaptioner:
                     break
                 if request is None:
                     break
-                error = self._add(request)
+                error = self.add(request)
                 if error:
                     yield Caption(request.id, "", finish_reason=FinishReason.ERROR, error=error)
             if self.engine.num_unfinished:
-                for finished in self.engine.step():
-                    yield self._caption(finished)
+                yield from self.step()
             elif not exhausted:
                 time.sleep(0.001)  # nothing to do until the source has a request
 
-    def _add(self, request: CaptionRequest) -> SampleError | None:
+    def add(self, request: CaptionRequest) -> SampleError | None:
+        """Queue a request; why it cannot be, if so. In the thread that steps, and only while there is `room`."""
         images: list[PreparedImage] = list(request.images)
         try:
             prompt = build_prompt(
@@ -130,6 +135,15 @@ class NativeCaptioner:
             return SampleError(ErrorKind.PROMPT_TOO_LONG, str(error))
         self._under_way[request.id] = request
         return None
+
+    def step(self) -> list[Caption]:
+        """Advance everything by one step; what ended in it."""
+        return [self._caption(finished) for finished in self.engine.step()]
+
+    def abort(self, number: int) -> bool:
+        """Drop a request; False if it is not under way."""
+        self._under_way.pop(number, None)
+        return self.engine.abort(number)
 
     def _draft_tokens(self, request: CaptionRequest) -> tuple[int, ...]:
         # A token is seldom longer than this; what lies far beyond the longest caption is of no use.
@@ -215,10 +229,10 @@ def open_checkpoint(
     set_threads(threads or available_cores())
     if is_engine(path):
         checkpoint, plan = _open_engine(path, device, precision, deterministic)
-        name, device = read_engine(path).name, "cpu"
+        name, device = read_engine(path).name, checkpoint.model.decoder.cos.device.type
     else:
-        device = resolve_device(device)
         precision = DEFAULT_PRECISION if precision == "auto" else precision
+        device = resolve_device_for(device, precision)
         plan = plan_compute(device, precision, deterministic, capabilities().fast_bf16)
         checkpoint = _load(path, plan, device, precision, deterministic)
         name = Path(path).resolve().name
@@ -233,22 +247,25 @@ def _open_engine(
 ) -> tuple[LoadedCheckpoint, ComputePlan]:
     record = read_engine(path)
     check_asked(path, record, precision, device)
-    plan = plan_compute("cpu", record.precision, deterministic, capabilities().fast_bf16)
+    device = "cpu" if record.device == "cpu" else resolve_device_for(device, record.precision)
+    plan = plan_compute(device, record.precision, deterministic, capabilities().fast_bf16)
     check_engine(path, record, layout_of(plan))
-    return load_engine(path, record), plan
+    return load_engine(path, record, device), plan
 
 
 def _load(
     path: str | Path, plan: ComputePlan, device: str, precision: str, deterministic: bool
 ) -> LoadedCheckpoint:
-    """The checkpoint as the plan runs it. Rounding to int8 takes a while: it is done once, into a cache."""
-    if plan.packed_dtype is torch.int8:
+    """The checkpoint as the plan runs it. Rounding to 8 bits or 4 takes a while: it is done once, into a cache."""
+    if precision in ("int8", *ON_CUDA):
         from vila2.backends.engine_build import cached_engine  # which captions with this module
 
-        cached = cached_engine(path)
+        cached = cached_engine(path, precision)
         if cached is not None:
             return _open_engine(cached, device, precision, deterministic)[0]
-    checkpoint = load_checkpoint(path, dtype=plan.model_dtype, device=device)
+    # What is rounded to few bits is rounded once, from float32.
+    dtype = torch.float32 if precision in ON_CUDA else plan.model_dtype
+    checkpoint = load_checkpoint(path, dtype=dtype, device=device)
     pack_model(checkpoint.model, plan)
     return checkpoint
 

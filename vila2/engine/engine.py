@@ -6,7 +6,7 @@ the model, samples, and ends what has ended. Stop strings need text, so the call
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Set
+from collections.abc import Callable, Hashable, Iterator, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
@@ -133,6 +133,22 @@ class Engine:
             encoded.num_siblings = request.num_siblings
         self.counters.prompt_tokens += len(request.token_ids)
         self.scheduler.add(sequence)
+
+    def abort(self, number: int) -> bool:
+        """Let go of a request, wherever it stands; False if it is not under way. Its tokens are lost."""
+        scheduler = self.scheduler
+        for sequence in (*scheduler.running, *scheduler.waiting):
+            if sequence.request.id == number:
+                scheduler.drop(sequence)
+                self._forget_image(sequence.request)
+                return True
+        return False
+
+    def written(self) -> Iterator[tuple[int, list[int]]]:
+        """The requests that have begun, each with its new tokens so far."""
+        for sequence in self.scheduler.running:
+            if sequence.num_new_tokens:
+                yield sequence.request.id, sequence.output
 
     @torch.inference_mode()
     def step(self) -> list[Finished]:

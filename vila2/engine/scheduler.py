@@ -209,3 +209,10 @@ class Scheduler:
         """Take a running sequence out and free its blocks."""
         self.running.remove(sequence)
         self._release(sequence)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take a sequence out, waiting or running, and free its blocks."""
+        if sequence in self.running:
+            self.finish(sequence)
+        else:
+            self.waiting.remove(sequence)  # it holds nothing: whoever waits has no blocks, or has lost them
