@@ -87,7 +87,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, hidden: Tensor, residual: Tensor, attend: Attend, index: int, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The block's output and the residual that it is to be added to, of `rows` only if given; consumes `residual`."""
+        """The block's output and the residual to add it to, of all rows or of `rows`; consumes `residual`."""
         config = self.config
         normed, residual = self.attn_norm(hidden, residual)
         q, k, v = self.qkv(normed).split((config.q_size, config.kv_size, config.kv_size), dim=-1)
@@ -149,8 +149,8 @@ class Decoder(nn.Module):
         """Final-normed hidden states (T, hidden) of `embeddings` (T, hidden), which are left as they were.
 
         `attend(layer, q (T, H, D), k (T, KVH, D), v (T, KVH, D))` returns (T, H * D); q, k and v are views
-        into one tensor and not yet rotated. `rows` (n,) int64: only these come out, (n, hidden); past its attention
-        the last layer works on them alone.
+        into one tensor and not yet rotated. `rows` (n,) int64: only these come out, (n, hidden), and past its
+        attention the last layer works on them alone.
         """
         hidden, residual = embeddings, torch.zeros_like(embeddings)  # the ops may write into the residual
         last = len(self.layers) - 1

@@ -1,7 +1,7 @@
 """The loss of one packed batch: images to visual tokens, spliced among the text's, through the decoder to its labels.
 
-Only rows that carry a label reach the last layer's MLP and the head. Gradients flow to every part whose parameters require them; weights of a
-loaded checkpoint do not until the trainer says so (`requires_grad_`).
+Only rows that carry a label reach the last layer's MLP and the head. Gradients flow to every part whose parameters
+require them; weights of a loaded checkpoint do not until the trainer says so (`requires_grad_`).
 """
 
 from typing import TYPE_CHECKING
