@@ -104,6 +104,7 @@ def _int4_spread_kernel(
     zeros_ptr,
     weight_ptr,
     columns,
+    stride,
     depth,
     HALF: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -112,7 +113,7 @@ def _int4_spread_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     j = tl.arange(0, HALF)
     is_column = n < columns
-    place = group.to(tl.int64) * columns + n
+    place = group.to(tl.int64) * stride + n
     packed = tl.load(values_ptr + place[:, None] * HALF + j[None, :], mask=is_column[:, None], other=0)
     zero = tl.load(zeros_ptr + place, mask=is_column, other=0).to(tl.float32)
     scale = tl.load(scales_ptr + place, mask=is_column, other=0.0).to(tl.float32)
@@ -189,12 +190,15 @@ def int4_linear_triton(
 def int4_spread_triton(
     values: Tensor, scales: Tensor, zeros: Tensor, depth: int, dtype: torch.dtype
 ) -> Tensor:
-    """The weight (columns, depth) in `dtype`."""
+    """The weight (columns, depth) in `dtype`. The three may be a slice of the columns of a larger weight."""
     groups, columns, _ = values.shape
     weight = torch.empty(columns, depth, dtype=dtype, device=values.device)
+    stride = scales.stride(0)
+    if values.stride() != (stride * HALF, HALF, 1) or zeros.stride() != (stride, 1) or scales.stride(1) != 1:
+        raise ValueError("values, scales and zeros must be whole, or one slice of columns")
     if weight.numel():
         block = 32
         _int4_spread_kernel[(groups, triton.cdiv(columns, block))](
-            values, scales, zeros, weight, columns, depth, HALF=HALF, BLOCK_N=block, num_warps=4
+            values, scales, zeros, weight, columns, stride, depth, HALF=HALF, BLOCK_N=block, num_warps=4
         )
     return weight

@@ -1,5 +1,9 @@
 """Products in FP8 and with weights in 4 bits, by Triton and by the reference."""
 
+import importlib
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -99,3 +103,75 @@ def test_weights_of_another_shape_are_refused(device):
         int4_linear_triton(x, values, scales[:1], zeros, None)
     with pytest.raises(ValueError, match="float8_e4m3fn of one depth"):
         fp8_product_triton(x, x[:, 0], x, x[:, 0], None, torch.float32)
+
+
+def _all_on_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every op takes the path of CUDA tensors; torch's own FP8 product stays out, as it needs a GPU.
+
+    Returns the names of the kernels that are launched from now on.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    for path in (Path(__file__).parents[2] / "vila2" / "ops").glob("*.py"):
+        module = importlib.import_module(f"vila2.ops.{path.stem}")
+        if hasattr(module, "is_triton"):
+            monkeypatch.setattr(module, "is_triton", lambda *tensors: True)
+        for refuses in ("is_native", "is_native_training"):
+            if hasattr(module, refuses):
+                monkeypatch.setattr(module, refuses, lambda *tensors: False)
+    launched: list[str] = []
+    for kind in (InterpretedFunction, JITFunction):
+        launch = kind.__getitem__
+
+        def record(self, grid, launch=launch):
+            launched.append(self.fn.__name__)
+            return launch(self, grid)
+
+        monkeypatch.setattr(kind, "__getitem__", record)
+    return launched
+
+
+@pytest.mark.parametrize("most_rows", [0, 256], ids=["spread", "fused"])
+def test_the_op_multiplies_few_rows_from_4_bits_and_spreads_for_many(most_rows, device, monkeypatch):
+    from vila2.ops import int4
+
+    launched = _all_on_kernels(monkeypatch)
+    monkeypatch.setattr(int4, "MAX_FUSED_ROWS", most_rows)
+    monkeypatch.setattr(int4, "_MOST_SPREAD", 7 * 300)  # columns come in parts, the last of them short
+    x = torch.randn(2, 3, 300, device=device).bfloat16()
+    weight = int4.quantize_int4_weight(torch.randn(33, 300, device=device), torch.randn(33, device=device))
+    expected = int4.int4_linear_reference(x, weight)
+    torch.testing.assert_close(int4.int4_linear(x, weight), expected, rtol=2e-2, atol=0.2)
+    assert set(launched) == {"_int4_product_kernel" if most_rows else "_int4_spread_kernel"}
+    assert int4.int4_linear(x[:0], weight).shape == (0, 3, 33)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int4"])
+def test_a_whole_model_through_the_kernels(precision, device, monkeypatch):
+    """Image to logits: every product, norm and activation of a tiny model by its kernel, against the references."""
+    from tests.unit.model.test_quantize import logits_of, make_model
+    from vila2.model.quantize_cuda import quantize_fp8, quantize_int4
+
+    if device == "cuda":
+        pytest.skip("the tiny model's steps are built on the CPU; gpu_check runs whole models on a GPU")
+    model = make_model(activation="gelu_pytorch_tanh", qkv_bias=True)
+    model = quantize_fp8(model) if precision == "fp8" else quantize_int4(model)
+    with torch.inference_mode():
+        expected = logits_of(model).float()
+        launched = _all_on_kernels(monkeypatch)
+        got = logits_of(model).float()
+    counts = Counter(launched)
+    if precision == "fp8":  # 3 layers of 4 products, tower and decoder, and the projector's 2
+        rounded = (
+            "_rms_norm_kernel",
+            "_layer_norm_kernel",
+            "_silu_mul_kernel",
+            "_gelu_kernel",
+            "_quantize_kernel",
+        )
+        assert counts["_fp8_product_kernel"] == 4 * 3 + 4 * len(model.vision.layers) + 2
+        assert all(counts[name] for name in rounded)
+    else:
+        assert counts["_int4_product_kernel"] == 4 * 3
+    assert float((got - expected).norm()) < 0.02 * float(expected.norm())

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vila2.errors import CheckpointError
+from vila2.model.fp8_blocks import with_fp8_blocks
 from vila2.model.quantized import ready
 from vila2.model.vlm import ModelConfig, VisionLanguageModel
 from vila2.ops.fp8 import Fp8Weight
@@ -98,7 +99,7 @@ def _assemble(
     if tensors:
         raise ValueError(f"{min(tensors)} belongs to no part of the model")
     model.requires_grad_(False)
-    return ready(model.eval())
+    return with_fp8_blocks(ready(model.eval()))
 
 
 def _split(module: Linear) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vila2.model.awq import scale_channels, search_clipping
 from vila2.model.decoder import DecoderLayer
+from vila2.model.fp8_blocks import with_fp8_blocks
 from vila2.model.vlm import VisionLanguageModel
 from vila2.ops.fp8 import quantize_fp8_weight
 from vila2.ops.int4 import quantize_int4_weight
@@ -24,7 +25,7 @@ def quantize_fp8(model: VisionLanguageModel) -> VisionLanguageModel:
     for module in model.modules():
         if isinstance(module, Linear) and module not in kept:
             module.set_packed(quantize_fp8_weight(module.weight, module.bias))
-    return _rest_to_bfloat16(model)
+    return with_fp8_blocks(_rest_to_bfloat16(model))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ rest, and cards of 8.9. Older cards have no such units. On the CPU the reference
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -102,8 +103,13 @@ def _is_rowwise(values: Tensor, weight: Fp8Weight, dtype: torch.dtype) -> bool:
         and weight.columns % _ALIGNMENT == 0
         and weight.depth % _ALIGNMENT == 0
         and values.numel() > 0
-        and torch.cuda.get_device_capability(values.device) >= _ROWWISE_CAPABILITY
+        and _capability(values.device) >= _ROWWISE_CAPABILITY
     )
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _scaled_mm(values: Tensor, scales: Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:

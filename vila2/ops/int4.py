@@ -20,6 +20,8 @@ MOST = 15
 # Rows that are multiplied from 4 bits. Beyond, spreading the weight once (about 4.5 bytes a weight) should cost less
 # than spreading it again in every tile of rows: bench/gpu_kernels.py times both sides of it.
 MAX_FUSED_ROWS = 256
+# Weights that are spread at once: 64 MiB in bfloat16, within what is kept free on a card beside the cache.
+_MOST_SPREAD = 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,5 +104,15 @@ def int4_linear(x: Tensor, weight: Int4Weight) -> Tensor:
 
     if x.numel() <= MAX_FUSED_ROWS * weight.depth:
         return int4_linear_triton(x, weight.values, weight.scales, weight.zeros, weight.bias)
-    spread = int4_spread_triton(weight.values, weight.scales, weight.zeros, weight.depth, x.dtype)
-    return functional.linear(x, spread, None if weight.bias is None else weight.bias.to(x.dtype))
+    rows = x.reshape(-1, weight.depth)
+    y = rows.new_empty(len(rows), weight.columns)
+    step = max(1, _MOST_SPREAD // weight.depth)
+    for at in range(0, weight.columns, step):
+        part = slice(at, at + step)
+        spread = int4_spread_triton(
+            weight.values[:, part], weight.scales[:, part], weight.zeros[:, part], weight.depth, x.dtype
+        )
+        torch.mm(rows, spread.t(), out=y[:, part])
+    if weight.bias is not None:
+        y += weight.bias
+    return y.view(*x.shape[:-1], weight.columns)

@@ -6,8 +6,11 @@ from torch import Tensor
 
 from tests.unit.model.test_quantize import VARIANTS, logits_of, make_model
 from vila2.model.awq import scale_channels, search_clipping
-from vila2.model.decoder import DecoderLayer
+from vila2.model.decoder import DecoderLayer, DenseAttend
+from vila2.model.fp8_blocks import Fp8DecoderLayer, Fp8VisionLayer
+from vila2.model.quantize import quantize_model
 from vila2.model.quantize_cuda import decoder_products, quantize_fp8, quantize_int4
+from vila2.model.vision import VisionLayer
 from vila2.model.vlm import VisionLanguageModel
 from vila2.ops.fp8 import Fp8Weight
 from vila2.ops.int4 import Int4Weight, quantize_int4_weight
@@ -104,3 +107,28 @@ def test_clipping_never_costs_on_the_rows_it_was_chosen_by():
         return float((x @ (rounded - weight).T).square().mean())
 
     assert loss(shrink) < loss(None)
+
+
+def test_fused_blocks_compute_what_plain_ones_do():
+    """The same FP8 products, in blocks that round in norms and activations and in blocks that do not: bit for bit."""
+    model = quantize_fp8(make_model(**VARIANTS["biases"]))
+    fused = logits_of(model)
+    assert all(isinstance(layer, Fp8DecoderLayer) for layer in model.decoder.layers)
+    assert all(isinstance(layer, Fp8VisionLayer) for layer in model.vision.layers)
+    for layers, plain in ((model.decoder.layers, DecoderLayer), (model.vision.layers, VisionLayer)):
+        config = model.config.decoder if plain is DecoderLayer else model.config.vision
+        for index, layer in enumerate(layers):
+            layers[index] = plain(config)
+            layers[index]._modules = dict(layer._modules)
+    assert torch.equal(logits_of(model), fused)
+
+
+@pytest.mark.parametrize("quantize", [quantize_fp8, lambda model: quantize_model(model, narrow=True)])
+def test_fused_blocks_give_the_rows_that_are_asked_for(quantize):
+    decoder = quantize(make_model()).decoder
+    hidden = decoder.embed(torch.tensor([3, 9, 58, 2]))
+    attend = DenseAttend(torch.arange(4), [4], decoder.cos, decoder.sin)
+    rows = torch.tensor([3, 1])
+    torch.testing.assert_close(
+        decoder(hidden, attend, rows), decoder(hidden, attend)[rows], rtol=1e-2, atol=1e-2
+    )
