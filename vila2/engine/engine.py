@@ -67,6 +67,7 @@ class Counters:
     vision_s: float = 0.0
     language_s: float = 0.0
     sample_s: float = 0.0
+    retreats: int = 0  # times that memory ran out and batches were made smaller
     probe_s: float = 0.0  # measuring what a step costs, once, when the first draft comes
 
 
@@ -208,14 +209,31 @@ class Engine:
         start = time.perf_counter()
         if step.chunks:
             rows = sum(chunk.num_rows for chunk in step.chunks)
-            count = ahead.launch(
-                step, self.scheduler, [self._embeddings(chunk.sequence) for chunk in step.chunks]
-            )
+            embeddings = [self._embeddings(chunk.sequence) for chunk in step.chunks]
+            try:
+                count = ahead.launch(step, self.scheduler, embeddings)
+            except torch.OutOfMemoryError:
+                if not self._retreat(step):
+                    raise self.runner.out_of_memory(f"computing {rows} tokens") from None
+                return finished + self._land(ahead, 0)
             self.counters.steps += count
             self.counters.computed_tokens += count * rows
         finished += self._land(ahead, 1 if step.chunks and self.limits.overlap else 0)
         self.counters.language_s += time.perf_counter() - start
         return finished
+
+    def _retreat(self, step: Step) -> bool:
+        """Memory has run out in a step: its prefills begin again later, in smaller batches. False: none are smaller."""
+        least = self.limits.max_num_seqs + 1
+        prefills = [chunk.sequence for chunk in step.chunks if not chunk.sequence.is_decoding]
+        if not prefills or self.scheduler.max_batch_tokens <= least:
+            return False
+        for sequence in reversed(prefills):
+            self.scheduler.preempt(sequence)
+        self.scheduler.max_batch_tokens = max(self.scheduler.max_batch_tokens // 2, least)
+        self.counters.retreats += 1
+        self.runner.clear_memory()
+        return True
 
     def _land(self, ahead: Ahead, num_left: int) -> list[Finished]:
         """Read the tokens of all launches but the last `num_left`. Those after an end are thrown away."""
@@ -322,7 +340,15 @@ class Engine:
             return
         start = time.perf_counter()
         images = [image for request in lacking.values() for image in request.images]
-        rows = iter(self.runner.encode(images))
+        try:
+            rows = iter(self.runner.encode(images))
+        except torch.OutOfMemoryError:
+            if len(lacking) == 1:
+                raise self.runner.out_of_memory(f"encoding an image of {num_tiles} tiles") from None
+            self.limits = replace(self.limits, vision_batch=max(1, num_tiles // 2))
+            self.counters.retreats += 1
+            self.runner.clear_memory()
+            return
         for key, request in lacking.items():
             self._encoded[key].embeddings = [next(rows) for _ in request.images]
         self.counters.images_encoded += len(images)

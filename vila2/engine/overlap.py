@@ -55,25 +55,15 @@ class Ahead:
         count = self.bursts.length(chunks, scheduler)
         self.runner.copy(step.copies)
         self.slots.take([chunk.sequence for chunk in chunks])
+        sequences = [chunk.sequence for chunk in chunks if chunk.wants_logits]
         if count:
-            sequences = [chunk.sequence for chunk in chunks]
             new = self.bursts.launch(sequences, count)
         else:
-            sequences = [chunk.sequence for chunk in chunks if chunk.wants_logits]
             logits = self.runner.run(chunks, embeddings, self.slots.newest)
-            new = self._sample(logits, sequences)
+            new = self._sample(logits, sequences) if sequences else None
         self.runner.copy(scheduler.advance(step))
-        if sequences:
-            at = self.runner.upload(np.array([sequence.slot for sequence in sequences], dtype=np.int64))
-            self.slots.newest[at] = new[-1, :, 0]
-            self.flights.append(self._take_off(sequences, new))
-        for sequence in sequences:
-            sequence.num_computed += len(new) - 1
-            sequence.num_pending += len(new)
-            sequence.is_closing = (
-                sequence.num_new_tokens >= sequence.request.sampling.max_new_tokens
-                or sequence.num_tokens >= self.max_tokens
-            )
+        if new is not None:
+            self._take_off(sequences, new)
         return max(count, 1)
 
     def _sample(self, logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
@@ -97,7 +87,20 @@ class Ahead:
         repeated = append_tokens(chosen, slots, table.history, table.lengths, table.runs, rules)
         return torch.stack((chosen, repeated.long()), -1)[None]
 
-    def _take_off(self, sequences: list[Sequence], new: Tensor) -> Flight:
+    def _take_off(self, sequences: list[Sequence], new: Tensor) -> None:
+        """Leave the newest tokens where the next launch reads them, and send all of them to the host."""
+        at = self.runner.upload(np.array([sequence.slot for sequence in sequences], dtype=np.int64))
+        self.slots.newest[at] = new[-1, :, 0]
+        self.flights.append(self._send(sequences, new))
+        for sequence in sequences:
+            sequence.num_computed += len(new) - 1
+            sequence.num_pending += len(new)
+            sequence.is_closing = (
+                sequence.num_new_tokens >= sequence.request.sampling.max_new_tokens
+                or sequence.num_tokens >= self.max_tokens
+            )
+
+    def _send(self, sequences: list[Sequence], new: Tensor) -> Flight:
         if self.runner.device.type != "cuda":
             return Flight(sequences, len(new), new.clone(), None)
         arrived = torch.empty(new.shape, dtype=new.dtype, pin_memory=True)

@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vila2.engine.blocks import BlockCopy
+from vila2.engine.gpu_memory import out_of_memory
 from vila2.engine.scheduler import Chunk
 from vila2.engine.vision_stream import VisionStream
+from vila2.errors import UsageError
 from vila2.model.images import PreparedImage
 from vila2.model.vlm import VisionLanguageModel
 from vila2.ops.attention import SharedPrefixes, paged_attention, rope_store
@@ -113,6 +115,16 @@ class ModelRunner:
             contexts=np.full(rows, context, dtype=np.int32),
         )
         self.model.decoder.logits(self.model.decoder(hidden, attend)).argmax(-1).tolist()
+
+    def clear_memory(self) -> None:
+        """Give back what torch keeps for later."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def out_of_memory(self, doing: str) -> UsageError:
+        """What to tell the user when the device's memory ends while `doing` something that cannot be made smaller."""
+        free, total = torch.cuda.mem_get_info()
+        return out_of_memory(doing, free=free, total=total)
 
     def _embed(self, chunks: list[Chunk], embeddings: list[list[Tensor]], newest: Tensor | None) -> Tensor:
         self.vision.join()

@@ -109,13 +109,14 @@ class Scheduler:
             self.prefixes.evict(needed)
         while self.pool.num_free < needed:
             victim = self.running[-1]
-            self._preempt(victim)
+            self.preempt(victim)
             if victim is sequence:
                 return False
         sequence.blocks += self.pool.allocate(needed)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks; it waits, before all others, to be computed again."""
         self.running.remove(sequence)
         self._release(sequence)
         sequence.num_preemptions += 1

@@ -11,6 +11,8 @@ from tests.unit.engine.test_cuda_graphs import SAMPLINGS, captions
 from vila2.backends.native import NativeCaptioner
 from vila2.engine.engine import Engine
 from vila2.engine.overlap import Ahead, Flight
+from vila2.engine.runner import ModelRunner
+from vila2.errors import UsageError
 from vila2.types import CaptionRequest, FinishReason, RepetitionRule, SamplingParams
 
 
@@ -34,17 +36,17 @@ class LateFlight(Flight):
 def log(monkeypatch) -> list[tuple[str, int]]:
     """Launches and reads in order, each with the number of its flight."""
     events: list[tuple[str, int]] = []
-    take_off = Ahead._take_off
+    send = Ahead._send
 
     def late(self, sequences, new):
-        flight = take_off(self, sequences, new)
+        flight = send(self, sequences, new)
         late = LateFlight(flight.sequences, flight.count, torch.full_like(flight.arrived, 10**9), None)
         late.hidden, late.log = flight.arrived, events
         late.number = sum(kind == "launch" for kind, _ in events)
         events.append(("launch", late.number))
         return late
 
-    monkeypatch.setattr(Ahead, "_take_off", late)
+    monkeypatch.setattr(Ahead, "_send", late)
     return events
 
 
@@ -123,6 +125,56 @@ def test_drafts_are_left_unused_with_bursts(llava):
     assert captioner.engine.counters.drafted_tokens == 0
     assert captioner.engine.speculator.cost is None
     assert with_limits(llava).engine.limits.max_draft > 0
+
+
+def test_a_step_that_finds_no_memory_is_done_again_in_smaller_ones(llava, monkeypatch):
+    plain = captions(with_limits(llava, max_num_seqs=3), SAMPLINGS)
+    captioner = with_limits(llava, max_num_seqs=3, burst=4, max_batch_tokens=64)
+    run, most = ModelRunner.run, []
+
+    def short(self, chunks, *more):
+        rows = sum(chunk.num_rows for chunk in chunks)
+        most.append(rows)
+        if rows > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, chunks, *more)
+
+    monkeypatch.setattr(ModelRunner, "run", short)
+    assert captions(captioner, SAMPLINGS) == plain
+    assert captioner.engine.scheduler.max_batch_tokens == 16
+    assert captioner.engine.counters.retreats == 2
+    assert max(most[:2]) > 20 >= max(most[2:])
+
+
+def test_images_that_find_no_memory_are_encoded_fewer_at_a_time(llava, monkeypatch):
+    plain = captions(with_limits(llava, max_num_seqs=3), SAMPLINGS)
+    captioner = with_limits(llava, max_num_seqs=3, vision_batch=4)
+    encode = ModelRunner.encode
+
+    def short(self, images):
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(self, images)
+
+    monkeypatch.setattr(ModelRunner, "encode", short)
+    assert captions(captioner, SAMPLINGS) == plain
+    assert captioner.engine.counters.retreats == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "doing"), [("run", "computing .* tokens"), ("encode", "encoding an image of 1 tiles")]
+)
+def test_what_cannot_be_made_smaller_is_one_line_with_sizes(llava, monkeypatch, method, doing):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    captioner = with_limits(llava, max_num_seqs=3, burst=4)
+    monkeypatch.setattr(ModelRunner, method, full)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**29, 2**34))
+    with pytest.raises(
+        UsageError, match=rf"out of GPU memory while {doing}: 0.5 GiB of 16.0 GiB are free; lower --ba"
+    ):
+        captions(captioner, SAMPLINGS)
 
 
 def request(
