@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="of the tower")
     parser.add_argument("--tokens", type=int, default=768)
     parser.add_argument("--tower-steps", type=int, default=700)
-    parser.add_argument("--decoder-steps", type=int, default=900)
+    parser.add_argument("--decoder-steps", type=int, default=900, help="of 24 scenes each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
