@@ -7,8 +7,8 @@ model on a machine with few cores.
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from starlette.applications import Starlette
@@ -274,12 +274,6 @@ def make_app(
         shown = ApiError(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}")
         return answered(shown.body(), shown.status)
 
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        desk.open()
-        yield
-        await desk.close()
-
     chat = ChatEndpoint(desk, metrics, check, model, max_body)
     return Starlette(
         routes=[
@@ -290,5 +284,4 @@ def make_app(
             Route("/metrics", show_metrics),
         ],
         exception_handlers={ApiError: api_error, HTTPException: http_error},
-        lifespan=lifespan,
     )

@@ -70,11 +70,11 @@ class Desk:
     async def close(self) -> None:
         """Stop the threads. Whatever is under way ends as cancelled."""
         self.is_closing = True
-        await self._loop.run_in_executor(None, self.engine.close)
-        self._pool.shutdown(wait=False, cancel_futures=True)
         for listener in self._listeners.values():
             if isinstance(listener, asyncio.Future):
                 listener.cancel()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self.engine.close)
 
     # ---- who is let in ----
 
