@@ -128,9 +128,10 @@ demo: $(VENV)/.installed ## recaption examples/scenes with nano, the model that 
 	@$(BIN)/vila2-fast verify $(DEMO_OUT)
 	@$(BIN)/python examples/show_captions.py $(DEMO_OUT) 12 --original truth
 
-nano: $(VENV)/.installed ## train nano again from nothing (hours); see recipes/nano
+nano: $(VENV)/.installed ## train nano again from nothing (hours), then its figures beside the card's; see recipes/nano
 	@$(BIN)/python recipes/nano/base.py
 	@$(BIN)/vila2-fast train recipes/nano/nano.toml
+	@$(BIN)/python recipes/nano/compare.py
 
 bench: $(MODEL)/model.safetensors ## the CPU benchmarks (about an hour of quiet machine); rows land in bench/results
 	@$(BIN)/python bench/bench_ops.py

@@ -84,6 +84,17 @@ COLUMNS = {
         "most_mib": "most MiB",
         "trend_mib": "trend, MiB",
     },
+    "serve": {
+        "path": "path",
+        "batch": "batch",
+        "images": "images",
+        "rounds": "rounds",
+        "captions_per_s": "captions/s",
+        "slowest": "slowest round",
+        "of_in_process": "of in process",
+        "cpu_ms": "CPU, ms a caption",
+        "same_captions": "same captions",
+    },
     "decode": {
         "path": "path",
         "images_per_cpu_s": "images per CPU-second",
@@ -118,9 +129,18 @@ SHOWN = {
         or (row["op"].startswith("rope") and row["shape"].startswith("1024"))
     )
 }
-ONE_RUN = {"decode", "peers"}  # tables that show the newest commit's rows only
+ONE_RUN = {"decode", "peers", "serve"}  # tables that show the newest commit's rows only
 SHARES = {"products", "attention", "norms", "activations", "rope_and_cache", "patches"}
-SHARES |= {"image_preparation", "sampling", "all_else", "outside", "of_ceiling", "right_words", "accepted"}
+SHARES |= {
+    "image_preparation",
+    "sampling",
+    "all_else",
+    "outside",
+    "of_ceiling",
+    "right_words",
+    "accepted",
+    "of_in_process",
+}
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

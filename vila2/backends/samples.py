@@ -38,7 +38,7 @@ def own_samples(checkpoint: LoadedCheckpoint, template: str, count: int = COUNT)
         asked.setdefault(prompts[index % len(prompts)], []).append(image)
     samples = []
     for prompt, images in asked.items():
-        captions = write_captions(checkpoint, EXACT, template, prompt, images, _NEW_TOKENS)
+        captions = write_captions(checkpoint, EXACT, "cpu", template, prompt, images, _NEW_TOKENS)
         for image, caption in zip(images, captions, strict=True):
             tokens = build_prompt(template, prompt, [image], checkpoint.tokenizer, checkpoint.config)
             samples.append(Sample(image, tokens, caption.token_ids))
@@ -48,13 +48,14 @@ def own_samples(checkpoint: LoadedCheckpoint, template: str, count: int = COUNT)
 def write_captions(
     checkpoint: LoadedCheckpoint,
     plan: ComputePlan,
+    device: str,
     template: str,
     prompt: str,
     images: Sequence[PreparedImage],
     max_new_tokens: int,
 ) -> list[Caption]:
     """Greedy captions, one an image, in order. UsageError if one cannot be written."""
-    limits = size_engine(checkpoint, plan, "cpu", None, max_new_tokens)
+    limits = size_engine(checkpoint, plan, device, None, max_new_tokens)
     captioner = NativeCaptioner(checkpoint, plan, "", template, limits)
     sampling = SamplingParams(max_new_tokens=max_new_tokens)
     requests = (CaptionRequest(i, prompt, (image,), sampling) for i, image in enumerate(images))

@@ -25,7 +25,7 @@ class Sample:
 def embed_sample(model: VisionLanguageModel, sample: Sample) -> Tensor:
     """The decoder's input (len(sample), hidden): the prompt with the image's tokens in their places, and the answer."""
     visual = model.encode_images([sample.image])[0]
-    tokens = torch.tensor([*sample.prompt.token_ids, *sample.answer])
+    tokens = torch.tensor([*sample.prompt.token_ids, *sample.answer], device=visual.device)
     hidden = model.decoder.embed(tokens.clamp_min(0))
     rows = sample.image.num_tokens // sample.image.num_placeholders
     for start, length, _, chunk in sample.prompt.image_spans:

@@ -6,10 +6,10 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from vila2.backends import OUR_SERVER
 from vila2.serve.chat import ApiError
 from vila2.types import Caption, ErrorKind, FinishReason
 
-OWNER = "vila2-fast"
 # A loop that was cut is an end of the model's own making for OpenAI's clients; `stop_reason` says more, as in vLLM.
 _FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.REPETITION: "stop"}
 DONE = b"data: [DONE]\n\n"
@@ -75,15 +75,17 @@ def _usage(caption: Caption) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
-def model_entry(name: str, digest: str, created: int, max_tokens: int) -> dict[str, Any]:
-    """`digest` names the weights: a client's run is known by it, wherever they are served."""
+def model_entry(name: str, digest: str, created: int, max_tokens: int, parallel: int) -> dict[str, Any]:
+    """`digest` names the weights: a client's run is known by it, wherever they are served. `parallel` requests at
+    once fill the engine."""
     return {
         "id": name,
         "object": "model",
         "created": created,
-        "owned_by": OWNER,
+        "owned_by": OUR_SERVER,
         "digest": digest,
         "max_model_len": max_tokens,
+        "parallel": parallel,
     }
 
 

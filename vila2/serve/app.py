@@ -7,8 +7,8 @@ model on a machine with few cores.
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from starlette.applications import Starlette
@@ -237,7 +237,10 @@ def make_app(
     """The application. `key` None lets everybody in; with one, only /health is open."""
     check = KeyCheck(key)
     captioner = desk.captioner
-    entry = model_entry(model, captioner.model_digest, int(time.time()), captioner.engine.max_total_tokens())
+    # Beyond what the engine takes, another batch of images that is decoded and waits.
+    parallel = captioner.room + captioner.engine.limits.vision_batch
+    longest = captioner.engine.max_total_tokens()
+    entry = model_entry(model, captioner.model_digest, int(time.time()), longest, parallel)
 
     def answered(value: dict[str, Any], status: int = 200) -> Response:
         return Response(to_json(value), status, media_type="application/json")
@@ -271,12 +274,6 @@ def make_app(
         shown = ApiError(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}")
         return answered(shown.body(), shown.status)
 
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        desk.open()
-        yield
-        await desk.close()
-
     chat = ChatEndpoint(desk, metrics, check, model, max_body)
     return Starlette(
         routes=[
@@ -287,5 +284,4 @@ def make_app(
             Route("/metrics", show_metrics),
         ],
         exception_handlers={ApiError: api_error, HTTPException: http_error},
-        lifespan=lifespan,
     )

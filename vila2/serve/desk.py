@@ -70,11 +70,11 @@ class Desk:
     async def close(self) -> None:
         """Stop the threads. Whatever is under way ends as cancelled."""
         self.is_closing = True
-        await self._loop.run_in_executor(None, self.engine.close)
-        self._pool.shutdown(wait=False, cancel_futures=True)
         for listener in self._listeners.values():
             if isinstance(listener, asyncio.Future):
                 listener.cancel()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self.engine.close)
 
     # ---- who is let in ----
 
@@ -119,15 +119,15 @@ class Desk:
         chat = parse_chat(body, self.chat_limits)
         digests = [image_digest(image) for image in chat.images]
         images = tuple(self._image(chat, place, digests[place]) for place in range(len(digests)))
-        # Where text stands between images, requests with the same images need not begin alike.
-        is_plain = bool(images) and IMAGE_MARK not in chat.prompt
+        # Where text stands between images, requests with the same images need not be alike up to the last of them.
+        is_plain = len(images) == 1 or IMAGE_MARK not in chat.prompt
         request = CaptionRequest(
             id=number,
             prompt=chat.prompt,
             images=images,
             sampling=chat.sampling,
-            image_key=tuple(digests) if is_plain else None,
-            num_siblings=chat.num_siblings if is_plain else 1,
+            image_key=tuple(digests) if images and is_plain else None,
+            num_siblings=chat.num_siblings if images and is_plain else 1,
             rng_key=chat.rng_key,
         )
         return Prepared(chat, request)

@@ -1,9 +1,10 @@
 """A server from its settings: the socket, the HTTP loop in a thread of its own, the end of it all.
 
-Uvicorn (with uvloop and httptools where they are installed) runs outside the main thread, which thereby keeps the
+Uvicorn runs outside the main thread, which thereby keeps the
 signals: a stop lets what is under way end first.
 """
 
+import asyncio
 import ipaddress
 import os
 import socket
@@ -114,7 +115,8 @@ class Server:
             server_header=False,
             proxy_headers=False,
             ws="none",
-            lifespan="on",
+            loop="none",
+            lifespan="off",
             backlog=2048,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=max(1, round(settings.drain_s)),
@@ -151,7 +153,27 @@ class Server:
             raise VilaError(f"the server failed: {self._failure}")
 
     def _run(self) -> None:
+        loop = _new_event_loop()
         try:
-            self._uvicorn.run(sockets=[self._listener])
+            loop.run_until_complete(self._serve())
         except BaseException as error:  # SystemExit too: uvicorn's way of saying that it cannot start
             self._failure = error
+        finally:
+            loop.close()
+
+    async def _serve(self) -> None:
+        self.desk.open()
+        try:
+            await self._uvicorn.serve(sockets=[self._listener])
+        finally:
+            await self.desk.close()
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's where it is installed, which is faster."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from vila2.model.vision import VisionConfig, VisionTower
 from vila2.train.contrastive import WordContrast
 from vila2.train.optim import ParamGroup, build_optimizer
 from vila2.world import AltNoise, Scene, World, WorldSettings, texts
+from vila2.world.lexicon import SIGN_WORDS
 
 _PROBE_KEEP = 50  # patches of a scene of up to five objects
 _PROBE = 512  # scenes of the dev split on which the tower names what it sees
@@ -44,6 +45,8 @@ class TowerSettings:
     sign: float = 0.5  # of the images
     alt_sign: float = 0.7  # of the alt-texts of images with a sign: they say its word
     common: float = 0.02
+    themes: tuple[str, ...] = ()  # of the world, as in WorldSettings
+    sign_words: int = len(SIGN_WORDS)
     muon_lr: float = 8e-3
     adamw_lr: float = 2e-3
     warmup: int = 60
@@ -91,16 +94,19 @@ def train_tower(
     pair = WordContrast(tower, len(tokenizer))
     optimizer = build_optimizer(_groups(pair, settings), "float32")
     size = tower.config.image_size
-    world = World(
+    usual = World(
         WorldSettings(
-            image_size=size,
-            seed=settings.seed,
+            image_size=size, seed=settings.seed, themes=settings.themes, sign_words=settings.sign_words
+        )
+    )
+    world = World(
+        replace(
+            usual.settings,
             object_counts=settings.object_counts,
             sign=settings.sign,
             alt=AltNoise(sign=settings.alt_sign),
         )
     )
-    usual = World(WorldSettings(image_size=size, seed=settings.seed))
 
     def words(scene: Scene) -> list[int]:
         # With a space before the first word, as every other word has one: else it is cut in another way.

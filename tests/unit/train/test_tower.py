@@ -145,6 +145,6 @@ def test_the_chat_template_marks_turns_and_ends_answers(vocabulary: Path) -> Non
     tokenizer = load_tokenizer(vocabulary).inner
     turns = [{"role": "user", "content": "a dog?"}, {"role": "assistant", "content": "a cat"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
-    assert text == f"{USER}a dog?{ASSISTANT}a cat{END}"
+    assert text == f"{USER} a dog?{ASSISTANT} a cat{END}"
     asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-    assert asked == f"{USER}a dog?{ASSISTANT}"
+    assert asked == f"{USER} a dog?{ASSISTANT}"
