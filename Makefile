@@ -139,6 +139,8 @@ bench: $(MODEL)/model.safetensors ## the CPU benchmarks (about an hour of quiet 
 	@$(BIN)/python bench/bench_recaption.py $(MODEL)
 	@$(BIN)/python bench/bench_shared_prefix.py $(MODEL)
 	@$(BIN)/python bench/profile_step.py $(MODEL)
+	@$(BIN)/python bench/bench_quality.py vila2/checkpoints/nano
+	@$(BIN)/python bench/bench_quality.py $(MODEL)
 	@$(BIN)/python bench/bench_memory.py
 	@$(BIN)/python bench/bench_world.py
 	@$(BIN)/python bench/tables.py BENCHMARKS.md

@@ -76,6 +76,19 @@ COLUMNS = {
         "clock": "clock",
         "note": "note",
     },
+    "quality": {
+        "model": "model",
+        "precision": "precision",
+        "samples": "rounded for samples",
+        "images": "images",
+        "tokens": "tokens",
+        "kl": "next-token KL, nats",
+        "agreement": "greedy agreement",
+        "free_agreement": "tokens equal, written freely",
+        "equal": "captions equal",
+        "near_ties": "near ties of float32",
+        "build_s": "build, s",
+    },
     "memory": {
         "images": "images",
         "seconds": "seconds",
@@ -131,6 +144,7 @@ SHOWN = {
 }
 ONE_RUN = {"decode", "peers", "serve"}  # tables that show the newest commit's rows only
 SHARES = {"products", "attention", "norms", "activations", "rope_and_cache", "patches"}
+SHARES |= {"agreement", "free_agreement", "equal", "near_ties"}
 SHARES |= {
     "image_preparation",
     "sampling",

@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,20 @@ import torch
 from numpy.typing import NDArray
 
 from tests.checkpoints import write_llava, write_nvila, write_vila15
-from vila2.backends import engine_build
+from vila2.backends import engine_build, samples
 from vila2.backends.api import load
 from vila2.backends.engine_build import Calibration, QualityError, build_engine
 from vila2.backends.engine_dir import ENGINE_FILE, WEIGHTS_FILE, read_engine
 from vila2.errors import CheckpointError, OutputError, UsageError
+from vila2.evaluate.calibration import of_world
+from vila2.model.checkpoint import load_checkpoint
+from vila2.model.shipped import checkpoint_path
 from vila2.ops.native import native
 from vila2.ops.quant import HAS_KERNELS
 
 pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="vila2._C is not built, or without these kernels")
 
+NANO = checkpoint_path("nano")
 WRITERS = {"vila1.5": write_vila15, "nvila": write_nvila, "llava": write_llava}
 
 
@@ -164,6 +169,48 @@ def test_the_quality_check_measures_scores_and_refuses(checkpoint, tmp_path):
     ):
         build_engine(checkpoint, tmp_path / "other", "int8", threads=1, calibration=strict)
     assert beside(out) == ["engine"]
+
+
+def test_rounding_for_samples_and_to_nearest_are_two_engines(checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "engine"
+    assert build_engine(checkpoint, out, "int8", threads=1, samples=0).samples == 0
+    nearest = (out / WEIGHTS_FILE).read_bytes()
+    stages: list[str] = []
+    record = build_engine(checkpoint, out, "int8", threads=1, samples=2, observe=stages.append)
+    assert record.samples == read_engine(out).samples == 2
+    assert "samples to round for" in stages
+    assert (out / WEIGHTS_FILE).read_bytes() != nearest
+    assert build_engine(checkpoint, tmp_path / "plain", "bf16", threads=1).samples == 0
+
+
+def test_samples_are_the_models_own_words_on_scenes_that_measure_nothing(checkpoint, monkeypatch):
+    loaded = load_checkpoint(checkpoint, dtype=torch.float32)
+    found = samples.own_samples(loaded, loaded.config.template, 3)
+    assert len(found) == 3
+    assert all(len(sample) == len(sample.prompt.token_ids) + len(sample.answer) for sample in found)
+    measured = of_world(checkpoint, 3)
+    prepared = [loaded.image_processor.prepare(image).tiles.tobytes() for image in measured.images]
+    assert not {sample.image.tiles.tobytes() for sample in found} & set(prepared)
+    monkeypatch.setattr(samples, "_MOST_TOKENS", 1)  # images of very many tokens: one has to do
+    assert len(samples.own_samples(loaded, loaded.config.template, 3)) == 1
+
+
+def test_nano_in_int8_says_what_float32_says(tmp_path):
+    """The shipped model is at a distance that no user sees; rounding to nearest is three times as far."""
+    measured = replace(of_world(NANO, 12), max_kl=None, min_agreement=None)
+    nearest, ours = (
+        build_engine(
+            NANO, tmp_path / f"{count}", "int8", threads=1, calibration=measured, samples=count
+        ).quality
+        for count in (0, 8)
+    )
+    assert nearest is not None
+    assert ours is not None
+    assert ours["greedy_agreement"] >= 0.99
+    assert ours["free_agreement"] >= 0.9
+    assert ours["next_token_kl"] < 1e-4
+    assert ours["next_token_kl"] < 0.8 * nearest["next_token_kl"]
+    assert 0 < ours["near_ties"] < 0.2
 
 
 def test_float32_is_at_no_distance(checkpoint, tmp_path):
