@@ -83,11 +83,13 @@ inline void load_weights(const int8_t* p, NarrowWeights& w) {
   w.bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 #if defined(__AVXVNNI__)
+constexpr bool kSumsWait = true;    // five cycles from one product to the next
 typedef NarrowWeights WideWeights;  // nothing saturates on the way
 inline void add_dot4(Ints& sum, Ints x, const NarrowWeights& w) {
   sum = _mm256_dpbusd_avx_epi32(sum, x, w.bytes);
 }
 #else
+constexpr bool kSumsWait = false;  // one addition
 struct WideWeights {
   __m256i even, odd;
 };

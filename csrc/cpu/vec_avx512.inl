@@ -53,6 +53,7 @@ inline void store_sums4(float* out, Vec a, Vec b, Vec c, Vec d) {
 
 constexpr int kByteSums = 24;  // vectors of sums in a tile
 constexpr int kByteTileRows = 12;
+constexpr bool kSumsWait = true;
 
 typedef __m512i Ints;
 struct NarrowWeights {

@@ -62,6 +62,7 @@ inline void store_sums4(float* out, Vec a, Vec b, Vec c, Vec d) {
 
 constexpr int kByteSums = 8;  // vectors of sums in a tile
 constexpr int kByteTileRows = 2;
+constexpr bool kSumsWait = true;
 
 typedef IntVec Ints;
 struct NarrowWeights {
