@@ -17,7 +17,7 @@ from vila2.engine.blocks import BlockPool
 from vila2.engine.cuda_graphs import DecodeBursts
 from vila2.engine.repetition import find_loop, new_runs, update_runs
 from vila2.engine.runner import ModelRunner
-from vila2.engine.sampler import sample_tokens
+from vila2.engine.sampler import choose_tokens
 from vila2.engine.scheduler import Chunk, Scheduler, Step
 from vila2.engine.sequence import EngineRequest, Finished, Sequence, start_sequence
 from vila2.engine.speculation import MAX_DRAFT, Speculator, measure_step_cost
@@ -59,7 +59,7 @@ class Counters:
     loops_cut: int = 0
     vision_s: float = 0.0
     language_s: float = 0.0
-    sample_s: float = 0.0
+    sample_s: float = 0.0  # the head over the vocabulary, and the choice among it
     probe_s: float = 0.0  # measuring what a step costs, once, when the first draft comes
 
 
@@ -147,11 +147,11 @@ class Engine:
         start = time.perf_counter()
         self.runner.copy(step.copies)
         embeddings = [self._embeddings(chunk.sequence) for chunk in step.chunks]
-        logits = self.runner.run(step.chunks, embeddings)
+        hidden = self.runner.run(step.chunks, embeddings)
         wanting = [chunk for chunk in step.chunks if chunk.wants_logits]
         self.runner.copy(self.scheduler.advance(step))
         after_language = time.perf_counter()
-        tokens = sample_tokens(logits, wanting, self.eos_ids)
+        tokens = choose_tokens(self.model.decoder, hidden, wanting, self.eos_ids)
         finished = [
             end for chunk, new in zip(wanting, tokens, strict=True) if (end := self._extend(chunk, new))
         ]

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vila2.engine.blocks import BlockCopy
+from vila2.engine.sampler import best_tokens
 from vila2.engine.scheduler import Chunk
 from vila2.engine.vision_stream import VisionStream
 from vila2.model.images import PreparedImage
@@ -78,7 +79,7 @@ class ModelRunner:
     def run(self, chunks: list[Chunk], embeddings: list[list[Tensor]]) -> Tensor:
         """Compute the chunks. `embeddings[i]` holds the visual tokens of each image of chunk i.
 
-        Returns the logits (n, vocabulary) after the last `num_logits` rows of each chunk, in order.
+        Returns the final hidden states (n, hidden) of the last `num_logits` rows of each chunk, in order.
         """
         hidden = self._embed(chunks, embeddings)
         hidden = self.model.decoder(hidden, self._attend(chunks))
@@ -86,7 +87,7 @@ class ModelRunner:
         rows = [
             row for end, chunk in zip(ends, chunks, strict=True) for row in range(end - chunk.num_logits, end)
         ]
-        return self.model.decoder.logits(hidden[rows]).float()
+        return hidden if len(rows) == len(hidden) else hidden[rows]
 
     @torch.inference_mode()
     def probe(self, rows: int, block: int, context: int) -> None:
@@ -100,7 +101,7 @@ class ModelRunner:
             starts=np.arange(rows + 1, dtype=np.int32),
             contexts=np.full(rows, context, dtype=np.int32),
         )
-        self.model.decoder.logits(self.model.decoder(hidden, attend)).argmax(-1).tolist()
+        best_tokens(self.model.decoder, self.model.decoder(hidden, attend))
 
     def _embed(self, chunks: list[Chunk], embeddings: list[list[Tensor]]) -> Tensor:
         self.vision.join()
