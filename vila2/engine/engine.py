@@ -202,8 +202,8 @@ class Engine:
         lengths = self.speculator.plan(chunks, room, self.limits.max_batch_tokens)
         for i, length in enumerate(lengths):
             draft = chunks[i].sequence.draft
-            if length and draft is not None:
-                chunks[i] = self.scheduler.with_draft(chunks[i], draft.ahead(length))
+            if length and draft is not None and draft.line is not None:
+                chunks[i] = self.scheduler.with_draft(chunks[i], draft.line.tokens[:length])
 
     def _draft_room(self, chunk: Chunk) -> int:
         """The most drafted tokens that the chunk can take: one token more always follows them."""
@@ -214,8 +214,7 @@ class Engine:
             sequence.request.sampling.max_new_tokens - sequence.num_new_tokens,
             self.max_total_tokens() - len(sequence.tokens),
         )
-        room = min(left - 1, self.limits.max_draft, self.scheduler.room_ahead(chunk))
-        return len(sequence.draft.ahead(max(room, 0)))
+        return max(0, min(left - 1, self.limits.max_draft, self.scheduler.room_ahead(chunk)))
 
     def _knows_step_cost(self) -> bool:
         """Measure it now if it is not known and a block is free to do so; False if none is."""
