@@ -67,13 +67,13 @@ COLUMNS = {
         "precision": "precision",
         "batch": "batch",
         "right_words": "words of the draft that are right",
+        "guesses": "guesses from",
         "times_decoding": "decoding, times plain",
         "times_whole": "whole run, times plain",
         "tokens_per_step": "tokens a step",
         "accepted": "drafted tokens accepted",
         "images": "images",
         "rounds": "rounds",
-        "clock": "clock",
         "note": "note",
     },
     "memory": {
@@ -100,6 +100,17 @@ COLUMNS = {
         "scenes_per_cpu_s": "scenes per CPU-second",
         "slowest": "slowest round",
     },
+    "crossovers": {
+        "precision": "precision",
+        "product": "product",
+        "rows_1": "1 row",
+        "rows_4": "4 rows",
+        "rows_16": "16",
+        "rows_64": "64",
+        "rows_256": "256",
+        "rows_1024": "1024",
+        "library_from": "library from",
+    },
     "ops": {
         "op": "operation",
         "shape": "shape",
@@ -118,7 +129,7 @@ SHOWN = {
         or (row["op"].startswith("rope") and row["shape"].startswith("1024"))
     )
 }
-ONE_RUN = {"decode", "peers"}  # tables that show the newest commit's rows only
+ONE_RUN = {"crossovers", "decode", "peers", "speculative"}  # tables that show the newest commit's rows only
 SHARES = {"products", "attention", "norms", "activations", "rope_and_cache", "patches"}
 SHARES |= {"image_preparation", "sampling", "all_else", "outside", "of_ceiling", "right_words", "accepted"}
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
