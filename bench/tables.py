@@ -84,6 +84,37 @@ COLUMNS = {
         "most_mib": "most MiB",
         "trend_mib": "trend, MiB",
     },
+    "train": {
+        "model": "shapes of",
+        "engine": "engine",
+        "precision": "precision",
+        "batch": "batch",
+        "steps": "steps a round",
+        "rounds": "rounds",
+        "samples_per_s": "samples/s",
+        "slowest": "slowest round",
+        "ours_times": "ours is, times",
+        "loss_gap": "largest gap of a loss",
+    },
+    "train_step": {
+        "model": "shapes of",
+        "precision": "precision",
+        "batch": "batch",
+        "seconds": "seconds a step",
+        "gflops": "GFLOP/s",
+        "float32_ceiling": "float32 product",
+        "bf16_ceiling": "bf16 product",
+        "of_float32": "of float32's",
+        "of_bf16": "of bf16's",
+    },
+    "train_memory": {
+        "steps": "steps",
+        "samples_per_s": "samples/s",
+        "settled_mib": "MiB after warm-up",
+        "end_mib": "MiB at the end",
+        "most_mib": "most MiB",
+        "trend_mib": "trend, MiB",
+    },
     "decode": {
         "path": "path",
         "images_per_cpu_s": "images per CPU-second",
@@ -118,9 +149,16 @@ SHOWN = {
         or (row["op"].startswith("rope") and row["shape"].startswith("1024"))
     )
 }
-ONE_RUN = {"decode", "peers"}  # tables that show the newest commit's rows only
+ONE_RUN = {
+    "decode",
+    "peers",
+    "train",
+    "train_step",
+    "train_memory",
+}  # tables that show the newest commit's rows only
 SHARES = {"products", "attention", "norms", "activations", "rope_and_cache", "patches"}
 SHARES |= {"image_preparation", "sampling", "all_else", "outside", "of_ceiling", "right_words", "accepted"}
+SHARES |= {"of_float32", "of_bf16"}
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
