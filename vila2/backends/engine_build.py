@@ -4,6 +4,7 @@ Builders of one directory wait for one another, and find the work of the first. 
 as a whole; processes that have it mapped keep the old one.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -104,7 +105,7 @@ def build_engine(
     """
     out = Path(out).absolute()
     info = inspect_checkpoint(path)
-    device = builds_on(precision)
+    device = builds_on(precision, info.num_parameters)
     if not HAS_KERNELS and precision not in ON_CUDA:
         raise UsageError(
             "vila2._C is not built here, or is older than this source: install vila2-fast with a C++17 compiler"
@@ -227,7 +228,12 @@ def _captions(
     calibration: Calibration,
     images: Sequence[PreparedImage],
 ) -> list[Caption]:
-    limits = size_engine(checkpoint, plan, device, None, calibration.max_new_tokens)
+    if device == "cuda":
+        # What the run before held (float32 weights, a cache, graphs) counts as taken until it is given back.
+        gc.collect()
+        torch.cuda.empty_cache()
+    batch = len(images) if device == "cuda" else None
+    limits = size_engine(checkpoint, plan, device, batch, calibration.max_new_tokens)
     captioner = NativeCaptioner(checkpoint, plan, "", template, limits)
     sampling = SamplingParams(max_new_tokens=calibration.max_new_tokens)
     requests = (CaptionRequest(i, calibration.prompt, (image,), sampling) for i, image in enumerate(images))
