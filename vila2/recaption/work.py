@@ -157,7 +157,9 @@ def make_loader(captioner: Captioner, settings: RecaptionSettings) -> Callable[[
             image = decode(sample.image)
         except DecodeError as error:
             return Loaded(light, error=SampleError(error.kind, str(error)), image_digest=digest)
-        prepared = prepare_file(image.pixels, sample.image) if prepare_file else captioner.prepare(image.pixels)
+        prepared = (
+            prepare_file(image.pixels, sample.image) if prepare_file else captioner.prepare(image.pixels)
+        )
         size = getattr(prepared, "nbytes", image.pixels.nbytes)
         return Loaded(light, prepared, None, image.width, image.height, digest, size)
 
