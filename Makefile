@@ -87,9 +87,9 @@ $(EVAL)/.installed: $(VENV)/.installed
 	@$(BIN)/python -m venv $(EVAL)
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
 		> $$($(EVAL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_venv.pth
-	@$(EVAL)/bin/pip --disable-pip-version-check -qq install --no-deps "lmms-eval==0.7.3"
 	@$(EVAL)/bin/pip --disable-pip-version-check -qq install \
 		"accelerate>=1" "datasets>=3" evaluate loguru pytablewriter python-dotenv sacrebleu tenacity
+	@$(EVAL)/bin/pip --disable-pip-version-check -qq install --no-deps "lmms-eval==0.7.3"
 	@touch $@
 
 test-eval: $(EVAL)/.installed ## lmms-eval itself drives the engine: one of its tasks, on local data
@@ -128,9 +128,10 @@ demo: $(VENV)/.installed ## recaption examples/scenes with nano, the model that 
 	@$(BIN)/vila2-fast verify $(DEMO_OUT)
 	@$(BIN)/python examples/show_captions.py $(DEMO_OUT) 12 --original truth
 
-nano: $(VENV)/.installed ## train nano again from nothing (hours); see recipes/nano
+nano: $(VENV)/.installed ## train nano again from nothing (hours), then its figures beside the card's; see recipes/nano
 	@$(BIN)/python recipes/nano/base.py
 	@$(BIN)/vila2-fast train recipes/nano/nano.toml
+	@$(BIN)/python recipes/nano/compare.py
 
 bench: $(MODEL)/model.safetensors ## the CPU benchmarks (about an hour of quiet machine); rows land in bench/results
 	@$(BIN)/python bench/bench_ops.py

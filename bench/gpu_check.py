@@ -1,6 +1,6 @@
-"""Everything that wants a GPU, in one command: kernels checked and timed, captions end to end, training, JPEG decoding.
+"""Everything that wants a GPU, in one command: kernels, captions end to end, FP8 and int4, training, JPEG decoding.
 
-    python bench/gpu_check.py [--minutes 8] [--only kernels,captions,training,decode] [--dry]
+    python bench/gpu_check.py [--minutes 8] [--only kernels,captions,precision,training,decode] [--dry]
 
 Each bar is a ratio measured in this run. Rows go to bench/results/gpu.csv and a short table is printed last; the exit
 status is 1 if a result is wrong (a bar that is missed is said, and is no failure). It needs torch, triton and
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = ("kernels", "captions", "training", "decode")
+SECTIONS = ("kernels", "captions", "precision", "training", "decode")
 
 
 def prepare_imports(dry: bool) -> None:
@@ -63,12 +63,14 @@ def run(sections: list[str], minutes: float, *, dry: bool) -> int:
     import gpu_captions
     import gpu_decode
     import gpu_kernels
+    import gpu_low_bits
     import gpu_training
     from gpu_report import Report, device_facts
 
     modules: dict[str, Callable[..., Iterator[object]]] = {
         "kernels": gpu_kernels.measure,
         "captions": gpu_captions.measure,
+        "precision": gpu_low_bits.measure,
         "training": gpu_training.measure,
         "decode": gpu_decode.measure,
     }

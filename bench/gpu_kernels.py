@@ -74,10 +74,11 @@ def measure(report: Report, *, dry: bool, deadline: float) -> Iterator[Result]:
             if time.monotonic() > deadline:
                 report.skip(case.name, "no time was left")
                 return
-            yield from _results(report, case)
+            yield from results_of(report, case)
 
 
-def _results(report: Report, case: Case) -> Iterator[Result]:
+def results_of(report: Report, case: Case) -> Iterator[Result]:
+    """A case's own result, and its rival's."""
     error = relative_error(case.ours(), case.reference())
     seconds = report.seconds(case.ours)
     kind = "copy" if case.moved else "bf16"

@@ -84,6 +84,48 @@ COLUMNS = {
         "most_mib": "most MiB",
         "trend_mib": "trend, MiB",
     },
+    "serve": {
+        "path": "path",
+        "batch": "batch",
+        "images": "images",
+        "rounds": "rounds",
+        "captions_per_s": "captions/s",
+        "slowest": "slowest round",
+        "of_in_process": "of in process",
+        "cpu_ms": "CPU, ms a caption",
+        "same_captions": "same captions",
+    },
+    "train": {
+        "model": "shapes of",
+        "engine": "engine",
+        "precision": "precision",
+        "batch": "batch",
+        "steps": "steps a round",
+        "rounds": "rounds",
+        "samples_per_s": "samples/s",
+        "slowest": "slowest round",
+        "ours_times": "ours is, times",
+        "loss_gap": "largest gap of a loss",
+    },
+    "train_step": {
+        "model": "shapes of",
+        "precision": "precision",
+        "batch": "batch",
+        "seconds": "seconds a step",
+        "gflops": "GFLOP/s",
+        "float32_ceiling": "float32 product",
+        "bf16_ceiling": "bf16 product",
+        "of_float32": "of float32's",
+        "of_bf16": "of bf16's",
+    },
+    "train_memory": {
+        "steps": "steps",
+        "samples_per_s": "samples/s",
+        "settled_mib": "MiB after warm-up",
+        "end_mib": "MiB at the end",
+        "most_mib": "most MiB",
+        "trend_mib": "trend, MiB",
+    },
     "decode": {
         "path": "path",
         "images_per_cpu_s": "images per CPU-second",
@@ -129,9 +171,21 @@ SHOWN = {
         or (row["op"].startswith("rope") and row["shape"].startswith("1024"))
     )
 }
-ONE_RUN = {"crossovers", "decode", "peers", "speculative"}  # tables that show the newest commit's rows only
+# Tables that show the newest commit's rows only.
+ONE_RUN = {"crossovers", "decode", "peers", "serve", "speculative", "train", "train_step", "train_memory"}
 SHARES = {"products", "attention", "norms", "activations", "rope_and_cache", "patches"}
-SHARES |= {"image_preparation", "sampling", "all_else", "outside", "of_ceiling", "right_words", "accepted"}
+SHARES |= {
+    "image_preparation",
+    "sampling",
+    "all_else",
+    "outside",
+    "of_ceiling",
+    "right_words",
+    "accepted",
+    "of_in_process",
+    "of_float32",
+    "of_bf16",
+}
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

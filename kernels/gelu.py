@@ -17,17 +17,23 @@ _BLOCK = 2048
 
 
 @triton.jit
-def _gelu_kernel(x_ptr, y_ptr, count, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    x = tl.load(x_ptr + at, mask=inside, other=0.0)
-    wide = x.to(tl.float32)
+def gelu_of(wide, KIND: tl.constexpr):
+    """GELU of float32 values."""
     if KIND == "gelu":
         y = 0.5 * wide * (1 + tl.erf(wide * 0.7071067811865476))
     elif KIND == "gelu_pytorch_tanh":
         y = wide * tl.sigmoid(1.5957691216057308 * (wide + 0.044715 * wide * wide * wide))
     else:
         y = wide * tl.sigmoid(1.702 * wide)
+    return y
+
+
+@triton.jit
+def _gelu_kernel(x_ptr, y_ptr, count, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    y = gelu_of(x.to(tl.float32), KIND)
     tl.store(y_ptr + at, y.to(x.dtype), mask=inside)
 
 

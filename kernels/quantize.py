@@ -18,6 +18,18 @@ MOST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 @triton.jit
+def eight_bits(x, MOST: tl.constexpr, IS_INT: tl.constexpr):
+    """A row of float32 values (0 outside it) over its scale, whole ones for integers; and the scale."""
+    scale = tl.div_rn(tl.max(tl.abs(x), axis=0), MOST)
+    scaled = tl.div_rn(x, tl.where(scale > 0, scale, 1.0))
+    scaled = tl.minimum(tl.maximum(scaled, -MOST), MOST)
+    if IS_INT:
+        # Adding 1.5 * 2^23 leaves no bits below the units: the sum is rounded to even, and the difference whole.
+        scaled = (scaled + 12582912.0) - 12582912.0
+    return scaled, scale
+
+
+@triton.jit
 def _quantize_kernel(
     x_ptr, values_ptr, scales_ptr, depth, MOST: tl.constexpr, IS_INT: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -25,14 +37,8 @@ def _quantize_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < depth
     x = tl.load(x_ptr + row * depth + column, mask=inside, other=0.0).to(tl.float32)
-    peak = tl.max(tl.abs(x), axis=0)
-    scale = tl.div_rn(peak, MOST)
+    scaled, scale = eight_bits(x, MOST, IS_INT)
     tl.store(scales_ptr + row, scale)
-    scaled = tl.div_rn(x, tl.where(scale > 0, scale, 1.0))
-    scaled = tl.minimum(tl.maximum(scaled, -MOST), MOST)
-    if IS_INT:
-        # Adding 1.5 * 2^23 leaves no bits below the units: the sum is rounded to even, and the difference whole.
-        scaled = (scaled + 12582912.0) - 12582912.0
     tl.store(values_ptr + row * depth + column, scaled.to(values_ptr.dtype.element_ty), mask=inside)
 
 

@@ -25,6 +25,7 @@ ORDER = (
     ("model",),
     ("engine",),
     ("backends", "load"),  # `vila2.load` is a door to backends.native
+    ("serve",),
     ("recaption",),
     ("train",),
     ("evaluate",),
@@ -67,6 +68,9 @@ RIMS = {
     "triton": ("kernels/",),
     "modelopt": ("vila2/backends/trtllm_quantize.py",),
     "httpx": ("vila2/backends/",),
+    "starlette": ("vila2/serve/",),
+    "uvicorn": ("vila2/serve/",),
+    "prometheus_client": ("vila2/serve/",),
     "lmms_eval": ("vila2/evaluate/lmms.py",),
 }
 # Lazy doors: `vila2.load`, and `python -m vila2`.

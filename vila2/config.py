@@ -6,6 +6,7 @@ into the same folder must agree on it. The others (batch size, threads, rank, li
 
 import difflib
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ Decoder = Literal["auto", "dali", "cpu"]
 
 # What each backend runs today; anything else is refused before a checkpoint is read.
 BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {
-    "native": ("float32", "bf16", "int8"),
+    "native": ("float32", "bf16", "int8", "fp8", "int4"),
     "http": (),
     "trtllm": ("bf16", "fp8", "int4"),
 }
@@ -39,7 +40,7 @@ _ENGINE = ("engine", "engine_option")
 # Settings that mean nothing to a backend: refused if they are given, and no part of what decides its captions.
 FOREIGN: dict[str, tuple[str, ...]] = {
     "native": ("request_timeout", *_SERVER, *_ENGINE),
-    "http": ("device", "precision", "template", "deterministic", "resize", "threads", *_ENGINE),
+    "http": ("device", "devices", "precision", "template", "deterministic", "resize", "threads", *_ENGINE),
     "trtllm": ("device", "deterministic", "threads", *_SERVER),
 }
 
@@ -81,6 +82,7 @@ class RecaptionSettings(_Settings):
     # How the model runs.
     backend: Annotated[str, DECIDES] = "native"
     device: Device = "auto"
+    devices: str | None = None  # one process each: all, 0,2,3 (GPUs), or cpu:N; None: one process
     precision: Annotated[Precision, DECIDES] = "auto"
     batch_size: Annotated[int | None, Field(ge=1)] = None  # None: tuned to the memory there is
     threads: Annotated[int | None, Field(ge=1)] = None  # None: one a core
@@ -180,8 +182,19 @@ class RecaptionSettings(_Settings):
             raise ValueError("stop must not hold an empty string")
         if not self.draft.removeprefix(DRAFT_COLUMN).strip():
             raise ValueError(f"draft {self.draft!r} must be off, auto, original, column:NAME or a folder")
+        if self.devices is not None and not re.fullmatch(r"all|\d+(,\d+)*|cpu:[1-9]\d*", self.devices):
+            raise ValueError(
+                f"devices {self.devices!r} must be all, GPUs like 0,2,3, or cpu:N for N processes"
+            )
+        if self.devices is not None and len(set(self.devices.split(","))) != len(self.devices.split(",")):
+            raise ValueError(f"devices {self.devices!r} names a GPU twice")
         self._check_backend()
         return self
+
+    @property
+    def processes_on_cpu(self) -> int:
+        """How many of our processes share this machine's memory for their models."""
+        return int(self.devices[4:]) if self.devices is not None and self.devices.startswith("cpu:") else 1
 
     def _check_backend(self) -> None:
         if self.backend not in BACKEND_PRECISIONS:

@@ -7,12 +7,12 @@ goes on from it. Neither part has seen a label of the instruction or held-out sp
 
 import argparse
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from vocabulary import write_tokenizer
 
+from vila2.cli.main import main as vila2_fast
 from vila2.model.decoder import DecoderConfig
 from vila2.model.projector import ProjectorConfig
 from vila2.model.tokenizer import load_tokenizer
@@ -55,22 +55,32 @@ def make_tower(out: Path, tokenizer: Path, steps: int, seed: int) -> None:
     write_figures(out / "tower.json", settings, figures)
 
 
+def make_decoder(out: Path, parts: Path, steps: int | None, threads: int) -> None:
+    """Runs decoder.toml on the tokenizer and the tower in `parts`. SystemExit if that fails."""
+    settings = [f"model.vision.weights={parts / 'tower'}", f"model.tokenizer={parts / 'tokenizer'}"]
+    if steps is not None:
+        settings.append(f"stage.decoder.steps={steps}")
+    arguments = ["train", str(HERE / "decoder.toml"), "--out", str(out), "--threads", str(threads)]
+    if code := vila2_fast([*arguments, *(word for setting in settings for word in ("--set", setting))]):
+        raise SystemExit(code)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/nano"))
+    parser.add_argument("--vocabulary-scenes", type=int, default=6000)
     parser.add_argument("--tower-steps", type=int, default=800)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--decoder-steps", type=int, help="[those of decoder.toml]")
+    parser.add_argument("--seed", type=int, default=0, help="of the tower")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer, tower, base = args.out / "tokenizer", args.out / "tower", args.out / "base"
     if not (tokenizer / "tokenizer_config.json").is_file():
-        subprocess.run([sys.executable, str(HERE / "vocabulary.py"), str(tokenizer)], check=True)
+        write_tokenizer(tokenizer, args.vocabulary_scenes)
     if not (tower / "tower.json").is_file():
         make_tower(tower, tokenizer, args.tower_steps, args.seed)
-    decoder = ["train", str(HERE / "decoder.toml"), "--out", str(args.out / "decoder")]
-    decoder += ["--threads", str(args.threads)]
-    subprocess.run([sys.executable, "-m", "vila2.cli", *decoder], check=True)
+    make_decoder(args.out / "decoder", args.out, args.decoder_steps, args.threads)
     if not base.exists():
         base.symlink_to(Path("decoder", "01-decoder", "checkpoint"))
     print(f"the base parts -> {base}")

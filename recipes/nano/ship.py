@@ -49,6 +49,11 @@ def pack(source: Path, target: Path) -> float:
     return size / 1e6
 
 
+def trained(run: Path) -> Path:
+    """The checkpoint of the last stage."""
+    return max((run / "train").glob("[0-9][0-9]-*/checkpoint"))
+
+
 def measure(checkpoint: Path, style: str, scenes: int) -> Evaluation:
     """All tasks on held-out scenes of one to four objects."""
     return evaluate(checkpoint, split="heldout", style=style, scenes=scenes, objects=OBJECTS)
@@ -115,10 +120,10 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--device", default="2 cores of an AMD EPYC, no GPU", help="what it was trained on")
     parser.add_argument("--notes", default="", help="what else a reader of the card must know")
+    parser.add_argument("--into", type=Path, default=CHECKPOINTS, help="the folder of both [the package's]")
     args = parser.parse_args()
-    nano, base = CHECKPOINTS / "nano", CHECKPOINTS / "nano-base"
-    trained = max((args.run / "train").glob("[0-9][0-9]-*/checkpoint"))  # of the last stage
-    size = pack(trained, nano) + pack(args.run / "base", base)
+    nano, base = args.into / "nano", args.into / "nano-base"
+    size = pack(trained(args.run), nano) + pack(args.run / "base", base)
     if size > LIMIT_MB:
         raise SystemExit(f"{size:.1f} MB of weights, more than {LIMIT_MB:.0f}")
     found = {style: measure(nano, style, args.scenes) for style in ("fluent", "second")}

@@ -5,6 +5,7 @@ python recipes/nano/vocabulary.py runs/nano/tokenizer
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 from vila2.train.vocabulary import write_vocabulary
 from vila2.world import World, texts
@@ -26,14 +27,19 @@ def corpus(scenes: int) -> Iterator[str]:
             yield f"{question_text} {answer}"
 
 
+def write_tokenizer(out: Path, scenes: int = 6000, vocab_size: int = 1536) -> None:
+    """Learn the tokens of `corpus` and write their files."""
+    size = write_vocabulary(out, corpus(scenes), vocab_size, context=1024)
+    print(f"{size} tokens -> {out}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out")
+    parser.add_argument("out", type=Path)
     parser.add_argument("--vocab-size", type=int, default=1536)
     parser.add_argument("--scenes", type=int, default=6000)
     args = parser.parse_args()
-    size = write_vocabulary(args.out, corpus(args.scenes), args.vocab_size, context=1024)
-    print(f"{size} tokens -> {args.out}")
+    write_tokenizer(args.out, args.scenes, args.vocab_size)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e import sources
-from tests.e2e.harness import captions, vila2_fast
+from tests.e2e.harness import captions, start, vila2_fast
 from vila2.ops.quant import HAS_KERNELS
 
 pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="vila2._C is not built, or without these kernels")
@@ -60,3 +60,24 @@ def test_an_engine_too_far_from_float32_is_refused(vila15: Path, tmp_path: Path)
     assert done.code == 1
     assert f"too far from float32 on 2 images of {photos}: next-token KL" in done.stderr
     assert not (tmp_path / "engine").exists()
+
+
+def test_an_engine_for_gpus_runs_where_the_cpu_is_asked_for(vila15: Path, tmp_path: Path) -> None:
+    engine, photos = tmp_path / "engine", sources.write_folder(tmp_path / "photos", 2)
+    unseen = {"CUDA_VISIBLE_DEVICES": ""}
+    measured = ("--calibration-images", "1", "--force", *QUICK)
+    build = ("build", vila15, "--precision", "int4", "--out", engine, *measured)
+    done = start(tmp_path, *build, environment=unseen).wait()
+    assert done.code == 0, done.stderr
+    assert "in int4 (nibbles-groups-128)" in done.stdout
+    assert "against float32 on 1 images of world dev 0-0: next-token KL" in done.stdout
+
+    run = ("recaption", photos, "--model", engine, "--out", tmp_path / "a", *QUICK)
+    done = start(tmp_path, *run, environment=unseen).wait()
+    assert done.code == 2
+    assert done.stderr.count("\n") == 1
+    assert "--precision int4 is for CUDA GPUs, and torch sees none here: take --precision int8" in done.stderr
+    done = start(tmp_path, *run, "--device", "cpu", environment=unseen).wait()
+    assert done.code == 0, done.stderr
+    assert json.loads((tmp_path / "a" / "manifest.json").read_text())["settings"]["precision"] == "int4"
+    assert len(captions(tmp_path / "a")) == 2

@@ -159,7 +159,7 @@ def test_without_the_package(
     assert "not compared with this machine" in said.err
     assert f"0 engines, 0.00 GiB in {tmp_path}" in said.out
     for wrong, words in (
-        (["--precision", "fp8", "--out", "x"], "is for --backend trtllm"),
+        (["--precision", "int4-awq", "--out", "x"], "is for --backend trtllm"),
         (["--max-batch", "4", "--out", "x"], "are for --backend trtllm"),
         (["--backend", "trtllm", "--precision", "int8"], "is for --backend native"),
         ([], "--out is needed"),

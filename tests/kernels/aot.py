@@ -91,15 +91,19 @@ def _measure(kernel: Any, capability: int) -> Built:
 
 
 def main() -> None:
-    """`python -m tests.kernels.aot 90`: a line of JSON for each kernel of the cases in `aot_cases`."""
+    """`python -m tests.kernels.aot 90`: a line of JSON for each kernel of the cases in `aot_cases` and `aot_low_bits`.
+
+    Of 8.9 (Ada) only what it has beyond 8.0 is compiled: FP8.
+    """
     import json
     import sys
     from dataclasses import asdict
 
     from tests.kernels.aot_cases import CASES
+    from tests.kernels.aot_low_bits import FP8_CASES, LOW_BIT_CASES
 
     capability = int(sys.argv[1])
-    for case in CASES:
+    for case in FP8_CASES if capability == 89 else (*CASES, *LOW_BIT_CASES):
         if not case.least_capability <= capability <= case.most_capability:
             continue
         with compiling_for(capability) as built:

@@ -137,7 +137,12 @@ def _append() -> None:
 
     count = meta(64, dtype=I32)
     append_tokens_triton(
-        meta(64, dtype=I64), meta(64, 512, dtype=I32), count, meta(64, 48, dtype=I32), count, count
+        meta(64, dtype=I64),
+        meta(64, dtype=I64),
+        meta(256, 512, dtype=I32),
+        count,
+        meta(256, 48, dtype=I32),
+        meta(64, 3, dtype=I32),
     )
 
 

@@ -14,11 +14,16 @@ import pytest
 pytestmark = pytest.mark.triton
 
 ROOT = Path(__file__).parents[2]
-MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one program may have
+MAX_SHARED = {
+    80: 163 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+}  # bytes that one program may have
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
 def test_compiles_without_spills(capability):
     # Triton reads TRITON_INTERPRET when a kernel is defined: a process of its own compiles. Cubins are kept in .cache.
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(ROOT / ".cache" / "triton")}
@@ -26,7 +31,7 @@ def test_compiles_without_spills(capability):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) >= 25
+    assert len(kernels) >= (10 if capability == 89 else 35)
     spilling = [k for k in kernels if k["stack"] > k["max_stack"]]
     assert not spilling, spilling
     assert all(k["registers"] <= 255 and k["cubin_bytes"] > 1000 for k in kernels)

@@ -128,7 +128,8 @@ def test_images_sampling_and_bytes(as_on_cuda, device):
         torch.zeros(1, 4, dtype=torch.int32, device=device),
         torch.zeros(1, 3, dtype=torch.int32, device=device),
     )
-    append_tokens(tokens, history, counts.clone(), runs, counts, counts)
+    rules = torch.zeros(1, 3, dtype=torch.int32, device=device)
+    append_tokens(tokens, counts.long(), history, counts.clone(), runs, rules)
     quantize_tokens(torch.randn(2, 8, device=device), torch.int8)
     assert as_on_cuda == [
         "_patches_kernel",

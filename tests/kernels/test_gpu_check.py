@@ -24,7 +24,14 @@ def test_a_dry_run_is_right_everywhere():
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     last = done.stdout.strip().splitlines()[-1]
     assert last.endswith("results, 0 wrong, 0 broken, 0 of 0 bars met")
-    for name in ("prefill attention", "captions tiny", "transformers tiny", "training step"):
+    for name in (
+        "prefill attention",
+        "captions tiny",
+        "transformers tiny",
+        "fp8 product",
+        "captions tiny int4",
+        "training step",
+    ):
         assert name in done.stdout
     assert (ROWS.read_bytes() if ROWS.exists() else None) == before
 

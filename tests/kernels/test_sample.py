@@ -76,30 +76,40 @@ def test_draws_have_the_right_frequencies(device):
     assert torch.bincount(tokens.cpu(), minlength=4).tolist() == [8, 4, 2, 2]
 
 
-def test_loops_are_found_as_by_the_engine(device):
+@pytest.mark.parametrize("longest", [6, 2])
+def test_loops_are_found_as_by_the_engine(longest, device):
     from vila2.engine.repetition import find_loop_reference
     from vila2.kernels.repetition import append_tokens_triton
     from vila2.ops.sampling import append_reference
     from vila2.types import RepetitionRule
 
-    rule = RepetitionRule(max_period=6, min_repeats=3, min_tokens=5)
-    rows = [[1, 2, 3, 1, 2, 3, 1, 2, 3, 4], [7] * 10, [1, 2, 1, 2, 1, 3, 1, 2, 1, 2], list(range(10))]
+    rule = RepetitionRule(max_period=longest, min_repeats=3, min_tokens=5)
+    rows = [
+        [1, 2, 3, 1, 2, 3, 1, 2, 3, 4],
+        [7] * 10,
+        [1, 2, 1, 2, 1, 3, 1, 2, 1, 2],
+        list(range(10)),
+        [7] * 10,
+    ]
+    slots = torch.tensor([4, 0, 5, 1, -1], device=device)  # of six; the last row is padding
+    rules = torch.tensor(
+        [[3, 5, longest]] * 3 + [[0, 5, longest]] + [[3, 5, longest]], dtype=torch.int32, device=device
+    )
     states = [
         (
-            torch.zeros(4, 12, dtype=torch.int32, device=device),
-            torch.zeros(4, dtype=torch.int32, device=device),
-            torch.zeros(4, 6, dtype=torch.int32, device=device),
-            torch.tensor([3, 3, 3, 0], dtype=torch.int32, device=device),
-            torch.full((4,), 5, dtype=torch.int32, device=device),
+            torch.zeros(6, 12, dtype=torch.int32, device=device),
+            torch.zeros(6, dtype=torch.int32, device=device),
+            torch.zeros(6, 6, dtype=torch.int32, device=device),
         )
         for _ in range(2)
     ]
     for step in range(10):
         tokens = torch.tensor([row[step] for row in rows], device=device)
-        ours = append_tokens_triton(tokens, *states[0])
-        assert ours.tolist() == append_reference(tokens, *states[1]).tolist()
+        ours = append_tokens_triton(tokens, slots, *states[0], rules)
+        assert ours.tolist() == append_reference(tokens, slots, *states[1], rules).tolist()
         expected = [find_loop_reference(row[: step + 1], rule) for row in rows[:3]]
-        assert ours.tolist() == [*expected, 0]
+        assert ours.tolist() == [*expected, 0, 0]
     for one, other in zip(*states, strict=True):
         assert torch.equal(one, other)
-    assert states[0][0][:, :10].tolist() == rows
+    assert states[0][0][[4, 0, 5, 1], :10].tolist() == rows[:4]
+    assert states[0][1].tolist() == [10, 10, 0, 0, 10, 10]

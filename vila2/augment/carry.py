@@ -211,6 +211,7 @@ def _evaluate(settings: dict[str, Any], step: Step, context: Context, file: Path
     given = {
         **settings,
         "tasks": ",".join(tasks),
+        "themes": ",".join(settings["themes"]) or None,
         "device": recipe.device,
         "threads": recipe.threads,
         "out": file,

@@ -13,6 +13,7 @@ from typing import Any
 from vila2 import __version__
 from vila2.augment.recipe import Cost
 from vila2.data.files import atomic_write, write_error
+from vila2.data.lock import waiting_lock
 from vila2.errors import OutputError
 
 FILE_NAME = "ledger.jsonl"
@@ -28,6 +29,16 @@ class Ledger:
 
     def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Add those that are not there yet. OutputError if the file cannot be written."""
+        try:
+            with waiting_lock(
+                self.path.with_name(f"{self.path.name}.lock")
+            ):  # seeds may be at work side by side
+                self._add(lines)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
+    def _add(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        self.lines = read_ledger(self.path)
         known = {_identity(line) for line in self.lines}
         new = [dict(line) for line in lines if _identity(line) not in known]
         if not new:
@@ -35,10 +46,7 @@ class Ledger:
         new.sort(key=lambda line: str(line["finished"]))
         self.lines += new
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
-        try:
-            atomic_write(self.path, text.encode())
-        except OSError as error:
-            raise write_error(self.path, error) from error
+        atomic_write(self.path, text.encode())
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:

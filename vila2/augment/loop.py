@@ -5,19 +5,20 @@ date from the latter. So a run that is killed anywhere goes on where it was, and
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vila2.augment import boxes, carry, gates, source, texts
+from vila2.augment import base, boxes, carry, gates, source, texts
 from vila2.augment.context import Context, Observe, Outcome, Stopped
 from vila2.augment.ledger import Clock, Ledger, costs, now, versions
 from vila2.augment.plan import Decided, ancestors, dependants, find_step, plan
 from vila2.augment.recipe import LoopRecipe
 from vila2.augment.step import BEGUN, FILE_NAME, Step, read_json, write_json
 from vila2.data.files import DEAD_AFTER_S, remove_leftovers, write_error
-from vila2.data.lock import RunLock
+from vila2.data.lock import RunLock, waiting_lock
 from vila2.errors import UsageError
 from vila2.recaption.interrupt import Interrupts
 from vila2.train.recipe import differences
@@ -26,6 +27,7 @@ RECIPE = "loop.json"
 SET_ASIDE = "replaced"
 _WORK = {
     "source": source.run_source,
+    "base": base.run_base,
     "boxes": boxes.run_boxes,
     "captions": texts.run_captions,
     "train": carry.run_train,
@@ -112,7 +114,11 @@ class State:
 
 
 class Loop:
-    """Runs a recipe, or goes on with it. `until` and `first` (--from) name steps, or folders of steps."""
+    """Runs a recipe, or goes on with it. `until` and `first` (--from) name steps, or folders of steps.
+
+    With `seed` it carries out the steps of that seed alone, beside processes that do the same for other seeds; what
+    they share is done by the first to come while the others wait.
+    """
 
     def __init__(
         self,
@@ -122,7 +128,11 @@ class Loop:
         interrupts: Interrupts | None = None,
         until: str | None = None,
         first: str | None = None,
+        seed: int | None = None,
     ) -> None:
+        if seed is not None and seed not in recipe.seeds:
+            raise UsageError(f"--seed {seed}: the recipe's seeds are {', '.join(map(str, recipe.seeds))}")
+        self.seed = seed
         self.recipe, self.run_folder = recipe, Path(recipe.out).absolute()
         self.observe = observe or (lambda step, progress: None)
         self.interrupts = interrupts or Interrupts()
@@ -130,7 +140,9 @@ class Loop:
 
     def run(self) -> LoopSummary:
         """Carry out what is not complete. Errors are those of `vila2.errors`; GateFailed if a gate says no."""
-        with RunLock(self.run_folder):
+        seeds = self.recipe.seeds
+        share = (0, 1) if self.seed is None else (seeds.index(self.seed), len(seeds))
+        with RunLock(self.run_folder, *share):
             return self._run()
 
     def _run(self) -> LoopSummary:
@@ -151,7 +163,11 @@ class Loop:
             if step is None:
                 return LoopSummary(self.recipe.out, done, skipped, False, left[0].name if left else None)
             try:
-                record = self._carry_out(step, state)
+                with self._alone(step):
+                    steps = state.steps()  # another process may have done it while this one waited
+                    if state.is_complete(step):
+                        continue
+                    record = self._carry_out(step, state)
             except Stopped:
                 return LoopSummary(self.recipe.out, done, skipped, True, step.name)
             state.records[step.name] = record
@@ -159,12 +175,27 @@ class Loop:
             done.append(step.name)
             steps = state.steps()
 
+    @contextmanager
+    def _alone(self, step: Step) -> Iterator[None]:
+        """Nobody else at work on a step that seeds share."""
+        if self.seed is None or step.name.startswith(f"seed-{self.seed}/"):
+            yield
+            return
+        with waiting_lock(self.run_folder / f"{step.name}.lock"):
+            yield
+
     def _wanted(self) -> set[str] | None:
         """The steps that --until asks for, those of rounds that saturation may yet end included; None: all."""
-        if self.until is None:
+        if self.until is None and self.seed is None:
             return None
         steps = plan(self.recipe)
-        return ancestors(steps, find_step(steps, self.until, "--until"))
+        names = (
+            [step.name for step in steps] if self.until is None else find_step(steps, self.until, "--until")
+        )
+        return ancestors(steps, [name for name in names if self._is_ours(name)])
+
+    def _is_ours(self, name: str) -> bool:
+        return self.seed is None or name.startswith(f"seed-{self.seed}/")
 
     def _carry_out(self, step: Step, state: State) -> dict[str, Any]:
         """One step from its claim to its record."""
@@ -224,7 +255,10 @@ class Loop:
         """Move a step's folder, and those of all that follow from it, out of the way: nothing is deleted."""
         run = self.run_folder
         steps = plan(self.recipe, _recorded_gains(run, self.recipe))
-        again = dependants(steps, find_step(steps, text, "--from"))
+        named = [name for name in find_step(steps, text, "--from") if self._is_ours(name)]
+        if not named:
+            raise UsageError(f"--from {text!r}: all seeds share it: leave out --seed")
+        again = dependants(steps, named)
         places = [run / name for name in again if (run / name).exists()]
         if not places:
             return
@@ -243,10 +277,11 @@ class Loop:
             raise write_error(aside, error) from error
 
     def _tidy(self) -> None:
-        """What a killed process left half-written. No other loop is at work here: the lock is held."""
+        """What a killed process left half-written. No other loop is at work there: the lock is held."""
         launch = self.recipe.launch
         launched = any((launch.train, launch.recaption, launch.evaluate))
-        for folder in {file.parent for file in self.run_folder.rglob(".*.tmp")}:
+        ours = self.run_folder if self.seed is None else self.run_folder / f"seed-{self.seed}"
+        for folder in {file.parent for file in ours.rglob(".*.tmp")}:
             # A command that was launched may have outlived the loop that started it.
             remove_leftovers(folder, "*", DEAD_AFTER_S if launched else 0.0)
 

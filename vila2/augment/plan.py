@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vila2.augment.recipe import LoopRecipe, Scenes, Specialist
+from vila2.augment.recipe import BASE, LoopRecipe, Scenes, Specialist
 from vila2.augment.step import RUN, Kind, Step
 from vila2.config import DECIDES, RecaptionSettings
 from vila2.errors import UsageError
@@ -33,6 +33,9 @@ class Rounds:
 def plan(recipe: LoopRecipe, decided: Decided | None = None) -> list[Step]:
     """Every step, each after what it needs."""
     steps = [_source(recipe)]
+    if recipe.base is not None:
+        settings = recipe.base.model_dump(mode="json", include={"command", "checkpoint"})
+        steps.append(Step(BASE, "base", settings, why="what every round starts from"))
     for seed in recipe.seeds:
         steps += _Seed(recipe, seed, decided or {}).steps()
     return steps
@@ -136,7 +139,7 @@ class _Seed:
         after: Sequence[str] = (),
     ) -> None:
         own, through = (
-            tuple(other if other == SOURCE else f"{self.base}/{other}" for other in others)
+            tuple(other if other in (SOURCE, BASE) else f"{self.base}/{other}" for other in others)
             for others in (needs, after)
         )
         self.found.append(Step(f"{self.base}/{name}", kind, settings, own, through, free or {}, why))
@@ -247,7 +250,8 @@ class _Seed:
         if longer > 1:
             stage = recipe["stage"][self.recipe.captions_stage]
             stage |= {key: stage[key] * longer for key in ("steps", "epochs") if stage.get(key) is not None}
-        self._train(f"{name}/train", recipe, (SOURCE, captions), why, after)
+        base = () if self.recipe.base is None else (BASE,)
+        self._train(f"{name}/train", recipe, (SOURCE, *base, captions), why, after)
         self._evaluate(f"{name}/evaluate", f"{name}/train", self.recipe.evaluate.dev, "on the dev split")
 
     def _train(

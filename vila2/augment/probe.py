@@ -17,17 +17,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vila2.augment.base import make_base
 from vila2.augment.boxes import FILE_NAME as BOXES_FILE
 from vila2.augment.carry import device_of, recaption_settings
 from vila2.augment.context import Context
 from vila2.augment.loop import State
 from vila2.augment.plan import SOURCE
-from vila2.augment.recipe import LoopRecipe
+from vila2.augment.recipe import BASE, LoopRecipe
 from vila2.augment.source import original_records, shard_plan
 from vila2.augment.step import BEGUN, Step, digest_of, place
 from vila2.augment.texts import FILE_NAME as CAPTIONS_FILE
 from vila2.config import make_settings
 from vila2.data.shards import open_source
+from vila2.errors import UsageError
 from vila2.recaption.interrupt import Interrupts
 
 PROBE_IMAGES = 32
@@ -38,8 +40,8 @@ _CAPTION_BYTES = 64  # of a line of captions.jsonl beside its text
 
 @dataclass(frozen=True, slots=True)
 class StepEstimate:
-    """A step that is left. `basis`: ledger (an earlier step of its kind), probe, or nothing where it takes no time
-    worth naming."""
+    """A step that is left. `basis`: ledger (an earlier step of its kind), probe, recipe (what it says of its base), or
+    nothing where it takes no time worth naming."""
 
     step: str
     kind: str
@@ -128,6 +130,9 @@ class _Probe:
         """Seconds, bytes, and what they are known from."""
         if step.kind == "source":
             return self._of_source(step)
+        if step.kind == "base":
+            seconds = 60 * (self.recipe.base.minutes if self.recipe.base is not None else 0.0)
+            return seconds, 0, "recipe" if seconds else ""
         if step.kind == "captions":
             words = self._new_words() if step.settings["mode"] != "original" else 0
             return 0.0, self.total * int(_CAPTION_BYTES + 6 * words), ""
@@ -317,8 +322,20 @@ class _Probe:
                 names = [path.parent for path in (self.run / trained[-1]).glob("*/checkpoint/config.json")]
                 self._checkpoint = str(max(names))
             else:
-                self._checkpoint = self.recipe.train.get("base") or self._one_step()
+                self._checkpoint = self._base() or self._one_step()
         return self._checkpoint
+
+    def _base(self) -> str | None:
+        """The base of the recipe, or one of its shape while it is not made. UsageError if nothing makes one."""
+        base = self.recipe.base
+        if base is None:
+            named: str | None = self.recipe.train.get("base")
+            return named
+        if BASE in self.state.records:
+            return str(self.run / BASE / base.checkpoint)
+        if base.probe is None:
+            raise UsageError(f"the base is not made yet: do `--until {BASE}` first, or give base.probe")
+        return str(make_base({**base.model_dump(), "command": base.probe}, self.folder / BASE, Interrupts()))
 
     def _one_step(self) -> str:
         from vila2.train.recipe import Recipe

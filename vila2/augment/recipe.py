@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from vila2.augment.step import RUN
 from vila2.config import RecaptionSettings, load_recipe, make_settings, nearest
 from vila2.errors import UsageError
 from vila2.train.recipe import Recipe, StageSettings, override
 
+BASE = "base"  # the step that makes the base
 CAPTIONS = "captions"  # the kind of the data entry that a round fills
 OWN_KEYS = (
     "source",
@@ -59,6 +61,19 @@ class SourceSettings(_Settings):
         if (self.path is None) == (self.world is None):
             raise ValueError("give path (images that are there) or world (scenes to draw), one of them")
         return self
+
+
+class Base(_Settings):
+    """A command that makes what every training starts from, once for all seeds: `checkpoint` below {folder}.
+
+    It goes on where it was if it is run again. `probe`: a command that makes one of the same shape in seconds, for
+    the estimate. `minutes`: what the whole took its author.
+    """
+
+    command: str
+    checkpoint: str = "base"
+    probe: str | None = None
+    minutes: Annotated[float, Field(ge=0)] = 0.0
 
 
 class RoundSettings(_Settings):
@@ -178,6 +193,8 @@ class Evaluate(_Settings):
     dev: Scenes = Scenes(split="dev", scenes=500)
     test: Scenes | None = Scenes(split="heldout", scenes=1000)
     style: str = "fluent"
+    themes: tuple[str, ...] = ()  # those of the source's world, if it has any
+    sign_words: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     limit: Annotated[int, Field(ge=1)] | None = None
     precision: str = "bf16"
@@ -228,6 +245,7 @@ class LoopRecipe(_Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=1)] | None = None
     source: SourceSettings
+    base: Base | None = None
     train: dict[str, Any]
     recaption: dict[str, Any] = {}
     rounds: RoundSettings = RoundSettings()
@@ -266,6 +284,10 @@ class LoopRecipe(_Settings):
         for key in self.recaption:
             if key in OWN_KEYS:
                 raise ValueError(f"recaption.{key}: the loop sets it itself")
+        if self.base is not None and ("base" in self.train or "model" in self.train):
+            raise ValueError(
+                "base: its command makes what train.base or train.model would name; give one of them"
+            )
         if self.oracle is not None and self.oracle.captions == "truth" and self.source.world is None:
             raise ValueError("oracle.captions: the truth is known of a world only; name a file of captions")
         if self.evaluate.command is None and self.evaluate.test_command is not None:
@@ -291,7 +313,8 @@ class LoopRecipe(_Settings):
                 {**entry, **filled} if entry.get("kind") == CAPTIONS else entry for entry in stage["data"]
             ]
             stages.append({**stage, "data": data})
-        return {**self.train, **self.machine, "seed": seed, "out": out, "stage": stages}
+        base = {} if self.base is None else {"base": f"{RUN}/{BASE}/{self.base.checkpoint}"}
+        return {**self.train, **base, **self.machine, "seed": seed, "out": out, "stage": stages}
 
     @property
     def machine(self) -> dict[str, Any]:

@@ -123,11 +123,42 @@ def table(results: Results, split: str, metrics: Sequence[str] = ()) -> list[lis
     found = results.metrics[split]
     names = [name for name in metrics or found if name in found]
     models = [model for model in results.models if any(model in found[name] for name in names)]
-    rows = [["", *models]]
-    for name in names:
-        scale, digits = (100.0, 1) if name in results.shares else (1.0, 2)
-        rows.append([name, *(_cell(found[name].get(model), scale, digits) for model in models)])
-    return rows
+    cells = ([_cell(found[name].get(m), *_shape(name, results)) for m in models] for name in names)
+    return [["", *models], *([name, *row] for name, row in zip(names, cells, strict=True))]
+
+
+def markdown(results: Results, split: str, metrics: Sequence[str]) -> list[str]:
+    """Two tables for a README: the models by metric, and what each gained, in bold where its interval leaves 0 out."""
+    found = results.metrics[split]
+    names = [name for name in metrics if name in found]
+    models = [model for model in results.models if any(model in found[name] for name in names)]
+    heads = [f"`{name}`" for name in names]
+    values = [
+        [model, *(_cell(found[name].get(model), *_shape(name, results)) for name in names)]
+        for model in models
+    ]
+    gained = [
+        [f"{p.model} over {p.other}", *(_gain_cell(p.gains.get(n), *_shape(n, results)) for n in names)]
+        for p in results.against[split]
+    ]
+    return [*_lines([["", *heads], *values]), "", *_lines([["gain of", *heads], *gained])]
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return [head, "|---" * len(rows[0]) + "|", *body]
+
+
+def _shape(name: str, results: Results) -> tuple[float, int]:
+    return (100.0, 1) if name in results.shares else (1.0, 2)
+
+
+def _gain_cell(figure: Figure | None, scale: float, digits: int) -> str:
+    if figure is None:
+        return ""
+    sure = figure.low is not None and figure.high is not None and (figure.low > 0 or figure.high < 0)
+    text = ("+" if figure.value > 0 else "") + _cell(figure, scale, digits)
+    return f"**{text}**" if sure else text
 
 
 def _cell(figure: Figure | None, scale: float, digits: int) -> str:

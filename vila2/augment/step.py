@@ -15,7 +15,9 @@ from typing import Any, Literal
 from vila2.data.files import atomic_write, write_error
 from vila2.errors import OutputError
 
-Kind = Literal["source", "boxes", "captions", "train", "recaption", "evaluate", "gate", "gain", "compare"]
+Kind = Literal[
+    "source", "base", "boxes", "captions", "train", "recaption", "evaluate", "gate", "gain", "compare"
+]
 RUN = "{run}"  # stands for the run folder in settings, so that a moved folder is still complete
 FILE_NAME = "step.json"
 BEGUN = "begun.json"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["BACKENDS", "Captioner", "open_captioner"]
+__all__ = ["BACKENDS", "OUR_SERVER", "Captioner", "open_captioner"]
 
 # name -> "module:maker"; maker(settings) -> Captioner
 BACKENDS = {
@@ -23,6 +23,8 @@ BACKENDS = {
     "http": "vila2.backends.http_captioner:open_http",
     "trtllm": "vila2.backends.trtllm:open_trtllm",
 }
+
+OUR_SERVER = "vila2-fast"  # the owner of the models that `vila2-fast serve` lists
 
 
 class Captioner(Protocol):

@@ -1,39 +1,61 @@
 """Which arithmetic a precision means on this machine, and what the machine has."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vila2.errors import UsageError
 from vila2.model.quantize import quantize_model
+from vila2.model.quantize_cuda import quantize_fp8, quantize_int4
 from vila2.model.vlm import VisionLanguageModel
+from vila2.ops.fp8 import fp8_lack
 from vila2.ops.linear import pack_linears
 from vila2.ops.native import capabilities
+
+# Precisions whose products are a GPU's, and what they mean.
+ON_CUDA = {
+    "fp8": "FP8 weights and activations (e4m3, a scale a column and a token)",
+    "int4": "4-bit weights in groups of 128, bf16 activations",
+}
+
+
+# What steps and caches of the two short runs of a quality check take on a card beside the weights.
+_BUILD_BYTES = 6 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class ComputePlan:
-    """How a precision is carried out on a device: the model's type, the packed weights' (if any), the cache's."""
+    """How a precision is carried out on a device: the model's type, the packed weights' (if any), the cache's.
+
+    `low_bits` is a precision of `ON_CUDA`, whose packed weights have parts of several types.
+    """
 
     model_dtype: torch.dtype
     packed_dtype: torch.dtype | None
     kv_dtype: torch.dtype
     summary: str
+    low_bits: str | None = None
 
 
 def plan_compute(device: str, precision: str, deterministic: bool, has_bf16_products: bool) -> ComputePlan:
-    """Choose the arithmetic for `precision` (float32, bf16 or int8) on `device` (cpu or cuda).
+    """Choose the arithmetic for `precision` (float32, bf16, int8, fp8 or int4) on `device` (cpu or cuda).
 
     Packed products keep sums and activations in float32 and do not depend on the batch, so they serve every
     CPU without bf16 instructions, and `deterministic` runs on those that have them.
     """
+    if precision in ON_CUDA:
+        return _plan_on_cuda(device, precision, deterministic)
     if precision not in ("float32", "bf16", "int8"):
-        raise UsageError(f"precision {precision!r} is not one of: float32, bf16, int8")
+        raise UsageError(f"precision {precision!r} is not one of: float32, bf16, int8, fp8, int4")
     if precision == "int8":
         if device != "cpu":
-            raise UsageError("--precision int8 runs on the CPU only so far: add --device cpu")
+            raise UsageError(
+                "--precision int8 is for CPUs: add --device cpu, or take --precision fp8 or int4 on the GPU"
+            )
         summary = "int8 weights and activations, int32 sums"
         return ComputePlan(torch.float32, torch.int8, torch.bfloat16, summary)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -46,6 +68,42 @@ def plan_compute(device: str, precision: str, deterministic: bool, has_bf16_prod
     return ComputePlan(
         torch.float32, dtype, dtype, f"{precision} weights, float32 sums, vila2's own products"
     )
+
+
+def _plan_on_cuda(device: str, precision: str, deterministic: bool) -> ComputePlan:
+    if deterministic:
+        raise UsageError(
+            f"--deterministic does not go with --precision {precision}: take float32, bf16 or int8 on the CPU"
+        )
+    summary = ON_CUDA[precision]
+    if device == "cpu":
+        summary += ", emulated in plain torch on this CPU"
+    elif precision == "fp8" and (lack := fp8_lack()) is not None:
+        raise UsageError(f"--precision fp8: {lack}; take --precision int4 or bf16 on this GPU")
+    return ComputePlan(torch.bfloat16, None, torch.bfloat16, summary, low_bits=precision)
+
+
+def resolve_device_for(device: str, precision: str) -> str:
+    """`resolve_device` for a precision: those of GPUs are emulated on a CPU only where the CPU is asked for."""
+    resolved = resolve_device(device)
+    if precision in ON_CUDA and device == "auto" and resolved == "cpu":
+        raise UsageError(
+            f"--precision {precision} is for CUDA GPUs, and torch sees none here: take --precision int8, or "
+            "--device cpu to emulate it (slowly)"
+        )
+    return resolved
+
+
+def builds_on(precision: str, num_parameters: int) -> str:
+    """The device on which an engine of this precision is made and measured: cuda where it can run there and the card
+    has room for the model in float32, which it is compared with; else cpu.
+    """
+    if precision not in ON_CUDA or not torch.cuda.is_available():
+        return "cpu"
+    if precision == "fp8" and fp8_lack() is not None:
+        return "cpu"
+    # A quarter more for the rows that products meet, and for what a search of scales holds.
+    return "cuda" if torch.cuda.mem_get_info()[0] >= 5 * num_parameters + _BUILD_BYTES else "cpu"
 
 
 def resolve_device(device: str) -> str:
@@ -67,10 +125,19 @@ def wants_narrow() -> bool:
     return capabilities().isa in ("avx2", "avx512")
 
 
-def pack_model(model: VisionLanguageModel, plan: ComputePlan) -> None:
-    """Turn a loaded model (float32, or already in the plan's type) into what the plan runs, in place."""
+def pack_model(
+    model: VisionLanguageModel, plan: ComputePlan, inputs: Mapping[str, Tensor] | None = None
+) -> None:
+    """Turn a loaded model (float32, or already in the plan's type) into what the plan runs, in place.
+
+    `inputs` are rows that the decoder's products met, for int4 (see `quantize_int4`).
+    """
     if plan.packed_dtype is torch.int8:
         quantize_model(model, narrow=wants_narrow())
+    elif plan.low_bits == "fp8":
+        quantize_fp8(model)
+    elif plan.low_bits == "int4":
+        quantize_int4(model, inputs)
     elif plan.packed_dtype is not None:
         pack_linears(model, plan.packed_dtype)
     else:

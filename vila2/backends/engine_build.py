@@ -4,6 +4,7 @@ Builders of one directory wait for one another, and find the work of the first. 
 as a whole; processes that have it mapped keep the old one.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -18,7 +19,15 @@ import torch
 from numpy.typing import NDArray
 
 from vila2 import __version__
-from vila2.backends.compute import ComputePlan, available_cores, pack_model, plan_compute, wants_narrow
+from vila2.backends.compute import (
+    ON_CUDA,
+    ComputePlan,
+    available_cores,
+    builds_on,
+    pack_model,
+    plan_compute,
+    wants_narrow,
+)
 from vila2.backends.engine_dir import (
     ENGINE_FILE,
     TOKENIZER_FOLDER,
@@ -30,6 +39,7 @@ from vila2.backends.engine_dir import (
     versions,
 )
 from vila2.backends.native import NativeCaptioner, size_engine
+from vila2.backends.product_inputs import product_inputs
 from vila2.backends.quality import Quality, Reference, compare, tell
 from vila2.data.files import make_folder, sync_file, sync_folder
 from vila2.data.lock import waiting_lock
@@ -43,10 +53,12 @@ from vila2.ops.native import capabilities
 from vila2.ops.quant import HAS_KERNELS
 from vila2.ops.threads import set_threads
 from vila2.types import Caption, CaptionRequest, SamplingParams
+from vila2.world import World, WorldSettings, texts
 
 USED_FILE = "used"  # in a cached engine; its time is that of the last run (see `vila2-fast engines`)
 _TMP = ".building"
 _OLD = ".replaced"
+_NUM_SCENES = 16
 
 # Captions of float32, captions of the engine -> figures for engine.json.
 Score = Callable[[Sequence[str], Sequence[str]], Mapping[str, Any]]
@@ -83,18 +95,22 @@ def build_engine(
     calibration: Calibration | None = None,
     observe: Callable[[str], None] = lambda stage: None,
 ) -> EngineRecord:
-    """Build the CPU engine of a checkpoint in the folder `out`; nothing is done where it is there already.
+    """Build the engine of a checkpoint in the folder `out`; nothing is done where it is there already.
+
+    The precisions of GPUs (see `compute.ON_CUDA`) are built on any machine: without a GPU the quality check emulates
+    them, which takes its time.
 
     QualityError, and no engine, if the calibration refuses it; OutputError if `out` is something else or cannot be
     written. `observe` is told each stage as it begins.
     """
     out = Path(out).absolute()
     info = inspect_checkpoint(path)
-    if not HAS_KERNELS:
+    device = builds_on(precision, info.num_parameters)
+    if not HAS_KERNELS and precision not in ON_CUDA:
         raise UsageError(
             "vila2._C is not built here, or is older than this source: install vila2-fast with a C++17 compiler"
         )
-    plan = plan_compute("cpu", precision, deterministic, capabilities().fast_bf16)
+    plan = plan_compute(device, precision, deterministic, capabilities().fast_bf16)
     if out.exists() and not is_engine(out) and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists and is no engine directory: choose another --out")
     make_folder(out.parent)
@@ -105,25 +121,39 @@ def build_engine(
             return present
         set_threads(threads or available_cores())
         _clear(out)
-        return _build(info, out, plan, precision, template, calibration, observe)
+        return _build(info, out, plan, precision, device, template, calibration, observe)
 
 
-def cached_engine(path: str | Path) -> Path | None:
-    """The int8 engine of a checkpoint in the user's cache, built there (and not measured) on first use.
+def cached_engine(path: str | Path, precision: str) -> Path | None:
+    """The engine of a checkpoint in the user's cache, built there (and not measured) on first use: int8, fp8 or int4.
 
     None where there is no place to keep one: no kernels, no home, no room.
     """
-    if not HAS_KERNELS:
+    if precision == "int8" and not HAS_KERNELS:
         return None
     try:
         digest = inspect_checkpoint(path).digest
-        kind = "narrow" if wants_narrow() else "wide"
-        out = cache_folder() / "engines" / f"{digest}-int8-{kind}-{__version__}"
-        build_engine(path, out, "int8")
+        kind = precision if precision != "int8" else "int8-narrow" if wants_narrow() else "int8-wide"
+        out = cache_folder() / "engines" / f"{digest}-{kind}-{__version__}"
+        build_engine(path, out, precision, calibration=_scenes(path) if precision == "int4" else None)
         (out / USED_FILE).touch()
     except (OutputError, OSError, RuntimeError):  # RuntimeError: no home directory
         return None
     return out
+
+
+def _scenes(path: str | Path) -> Calibration:
+    """A few scenes of the synthetic world: what 4-bit weights are scaled by where nobody chose images."""
+    world = World(WorldSettings(image_size=inspect_checkpoint(path).config.image_size))
+    images = [world.render(world.scene("dev", index)) for index in range(_NUM_SCENES)]
+    return Calibration(
+        f"world dev 0-{_NUM_SCENES - 1}",
+        images,
+        texts.CAPTION_PROMPTS["detailed"][0],
+        max_new_tokens=32,
+        max_kl=None,
+        min_agreement=None,
+    )
 
 
 def _present(
@@ -146,34 +176,39 @@ def _build(
     out: Path,
     plan: ComputePlan,
     precision: str,
+    device: str,
     template: str | None,
     calibration: Calibration | None,
     observe: Callable[[str], None],
 ) -> EngineRecord:
     observe("loading")
-    checkpoint = load_checkpoint(info.path, dtype=torch.float32)
+    checkpoint = load_checkpoint(info.path, dtype=torch.float32, device=device)
     template = template or checkpoint.config.template
-    reference = captions = images = None
+    reference = captions = images = inputs = None
     if calibration is not None:
         observe("captions in float32")
         images = [checkpoint.image_processor.prepare(image) for image in calibration.images]
         exact = ComputePlan(torch.float32, None, torch.float32, "float32")
-        captions = _captions(checkpoint, exact, template, calibration, images)
+        captions = _captions(checkpoint, exact, device, template, calibration, images)
         answers = [caption.token_ids for caption in captions]
         reference = tell(checkpoint, template, calibration.prompt, images, answers)
+        if precision == "int4":
+            observe("what each product meets")
+            inputs = product_inputs(checkpoint.model, reference)
     observe("packing")
-    pack_model(checkpoint.model, plan)
+    pack_model(checkpoint.model, plan, inputs)
+    del inputs
     quality: dict[str, Any] | None = None
     if calibration is not None and reference is not None and captions is not None and images is not None:
         observe(f"captions in {precision}")
-        quality = _measure(checkpoint, plan, template, calibration, reference, captions, images)
+        quality = _measure(checkpoint, plan, device, template, calibration, reference, captions, images)
     observe("writing")
     config = checkpoint.model.config
     record = EngineRecord(
         name=Path(info.path).resolve().name,
         checkpoint=str(Path(info.path).resolve()),
         digest=info.digest,
-        device="cpu",
+        device="cuda" if precision in ON_CUDA else "cpu",
         precision=precision,
         layout=layout_of(plan),
         weight_bytes=0,
@@ -188,11 +223,17 @@ def _build(
 def _captions(
     checkpoint: LoadedCheckpoint,
     plan: ComputePlan,
+    device: str,
     template: str,
     calibration: Calibration,
     images: Sequence[PreparedImage],
 ) -> list[Caption]:
-    limits = size_engine(checkpoint, plan, "cpu", None, calibration.max_new_tokens)
+    if device == "cuda":
+        # What the run before held (float32 weights, a cache, graphs) counts as taken until it is given back.
+        gc.collect()
+        torch.cuda.empty_cache()
+    batch = len(images) if device == "cuda" else None
+    limits = size_engine(checkpoint, plan, device, batch, calibration.max_new_tokens)
     captioner = NativeCaptioner(checkpoint, plan, "", template, limits)
     sampling = SamplingParams(max_new_tokens=calibration.max_new_tokens)
     requests = (CaptionRequest(i, calibration.prompt, (image,), sampling) for i, image in enumerate(images))
@@ -206,6 +247,7 @@ def _captions(
 def _measure(
     checkpoint: LoadedCheckpoint,
     plan: ComputePlan,
+    device: str,
     template: str,
     calibration: Calibration,
     reference: Reference,
@@ -213,7 +255,7 @@ def _measure(
     images: Sequence[PreparedImage],
 ) -> dict[str, Any]:
     """The figures for engine.json; QualityError past the calibration's limits."""
-    after = _captions(checkpoint, plan, template, calibration, images)
+    after = _captions(checkpoint, plan, device, template, calibration, images)
     measured = compare(checkpoint.model, reference, [caption.token_ids for caption in after], plan.kv_dtype)
     _refuse(measured, calibration)
     figures: dict[str, Any] = {"calibration": calibration.name, **asdict(measured)}

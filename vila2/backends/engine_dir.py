@@ -1,4 +1,4 @@
-"""An engine directory: a checkpoint packed for one kind of machine and precision, ready to be mapped and run.
+"""An engine directory: a checkpoint packed for one kind of device and precision, ready to be mapped and run.
 
     engine.json           what it was made from, for what, with which limits, and how good it is
     weights.safetensors   the packed weights (see vila2.model.packed)
@@ -32,6 +32,7 @@ ENGINE_FILE = "engine.json"
 WEIGHTS_FILE = "weights.safetensors"
 TOKENIZER_FOLDER = "tokenizer"
 BYTE_LAYOUT = "bytes-panels-16x4"  # the same on every instruction set
+LOW_BIT_LAYOUTS = {"fp8": "e4m3-columns", "int4": "nibbles-groups-128"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +97,10 @@ def check_engine(path: str | Path, record: EngineRecord, layout: str) -> None:
         )
 
 
-def load_engine(path: str | Path, record: EngineRecord) -> LoadedCheckpoint:
-    """The model of a checked engine directory, its weights mapped."""
+def load_engine(path: str | Path, record: EngineRecord, device: str = "cpu") -> LoadedCheckpoint:
+    """The model of a checked engine directory, its weights mapped; on another device than the CPU, copied there."""
     tokenizer = open_tokenizer(Path(path) / TOKENIZER_FOLDER, record.config)
-    model = load_packed(record.config, Path(path) / WEIGHTS_FILE)
+    model = load_packed(record.config, Path(path) / WEIGHTS_FILE, device)
     return LoadedCheckpoint(model, tokenizer, record.config.image_processor(), record.config, record.digest)
 
 
@@ -107,6 +108,8 @@ def layout_of(plan: ComputePlan) -> str:
     """How this machine's products want the weights of a plan."""
     if plan.packed_dtype is torch.int8:
         return BYTE_LAYOUT
+    if plan.low_bits is not None:
+        return LOW_BIT_LAYOUTS[plan.low_bits]
     if plan.packed_dtype is not None:
         return panel_layout(plan.packed_dtype)
     return f"{str(plan.model_dtype).removeprefix('torch.')}-plain"
@@ -123,7 +126,8 @@ def check_asked(path: str | Path, record: EngineRecord, precision: str, device: 
         raise UsageError(
             f"{path} was built for {record.precision}, not {precision}: leave --precision out, or build another"
         )
-    if device not in ("auto", record.device):
+    # What is built for a GPU also runs on the CPU, emulated, if that is asked for by name.
+    if device not in ("auto", record.device) and record.device == "cpu":
         raise UsageError(
             f"{path} was built for {record.device}: leave out --device {device}, or build another"
         )

@@ -1,27 +1,26 @@
 """Captions from any OpenAI-compatible server (vLLM, SGLang, a hosted API, ...), behind the Captioner seam.
 
-An image travels as a data URL, re-encoded once in a decode thread; each prompt is a chat completion of its own, and the
-prompts of an image go to the same server. What the server writes is text, so loops are looked for in its words.
+An image travels as a data URL, made once in a decode thread; each prompt is a chat completion of its own, and the
+prompts of an image go to the same server. What a server writes is text, so loops are looked for in its words; our own
+(`vila2-fast serve`) is told what else decides a caption, and finds them in its tokens.
 """
 
-import base64
 import hashlib
-import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from vila2.backends.http_client import ChatClient, ChatReply, ChatSettings, RequestFailed, ServedModel
 from vila2.backends.http_fleet import MAX_IN_FLIGHT
+from vila2.backends.http_image import EncodedImage, ImageEncoder
 from vila2.config import RecaptionSettings, nearest
 from vila2.engine.repetition import find_loop_reference
 from vila2.errors import UsageError
@@ -35,7 +34,6 @@ from vila2.types import (
     SamplingParams,
 )
 
-JPEG_QUALITY = 95
 IMAGE_MARK = "<image>"
 MIN_IN_LINE = (
     8  # requests beyond those that the servers take: enough to tell a server that fails from requests that do
@@ -43,39 +41,6 @@ MIN_IN_LINE = (
 IDLE_S = 0.01  # how long to wait for an answer before asking the source again
 _TOO_LONG = re.compile(r"context|too long|too many tokens|max_model_len|maximum.{0,20}length", re.IGNORECASE)
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "repetition": FinishReason.REPETITION}
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedImage:
-    """An image as the data URL that a request carries."""
-
-    url: str
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.url)
-
-
-@dataclass(frozen=True, slots=True)
-class ImageEncoder:
-    """How an image is sent: at most `longest_side` pixels, as jpeg, or as png, which keeps every pixel."""
-
-    format: str = "jpeg"
-    longest_side: int | None = None
-
-    def encode(self, pixels: NDArray[np.uint8]) -> EncodedImage:
-        """RGB (height, width, 3) to a data URL."""
-        image = Image.fromarray(pixels)
-        if self.longest_side is not None and max(image.size) > self.longest_side:
-            scale = self.longest_side / max(image.size)
-            width, height = (max(1, round(side * scale)) for side in image.size)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-        buffer = io.BytesIO()
-        if self.format == "png":
-            image.save(buffer, "PNG", compress_level=1)
-        else:
-            image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-        return EncodedImage(f"data:image/{self.format};base64,{base64.b64encode(buffer.getvalue()).decode()}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +53,18 @@ class _Sent:
 class HttpCaptioner:
     """Captions through a ChatClient. One thread iterates `caption`; `prepare` may run in any."""
 
-    def __init__(self, client: ChatClient, model_digest: str, encoder: ImageEncoder) -> None:
+    def __init__(
+        self,
+        client: ChatClient,
+        model_digest: str,
+        encoder: ImageEncoder,
+        *,
+        apply_orientation: bool = True,
+        to_ours: bool = False,
+    ) -> None:
         settings = client.settings
         self.client, self.encoder = client, encoder
+        self._apply_orientation, self._to_ours = apply_orientation, to_ours
         self.model_name, self.model_digest = settings.model, model_digest
         names = ", ".join(server.name for server in client.fleet.servers)
         self.description = f"by {names}, up to {settings.max_in_flight} requests at once"
@@ -102,6 +76,10 @@ class HttpCaptioner:
     def prepare(self, image: NDArray[np.uint8]) -> EncodedImage:
         """One RGB image (height, width, 3) to a data URL."""
         return self.encoder.encode(image)
+
+    def prepare_file(self, image: NDArray[np.uint8], file: bytes) -> EncodedImage:
+        """The same from an image and the file that it was decoded from, which may travel instead."""
+        return self.encoder.encode(image, file, apply_orientation=self._apply_orientation)
 
     def caption(self, requests: Iterable[CaptionRequest | None]) -> Iterator[Caption]:
         """See `Captioner.caption`. VilaError when the servers are gone, or refuse everything."""
@@ -142,9 +120,13 @@ class HttpCaptioner:
             content = place_images(request.prompt, list(request.images))
         except ValueError as error:
             return SampleError(ErrorKind.BAD_PROMPT, str(error))
+        if self._to_ours:  # which reads `<image>` itself
+            content = place_images(request.prompt.replace(IMAGE_MARK, ""), list(request.images))
+            content[-1]["text"] = request.prompt
         body = {
             "messages": [{"role": "user", "content": content}],
             **sampling_fields(request.sampling, request.rng_key, self._length_name),
+            **(our_fields(request) if self._to_ours else {}),
         }
         future = self.client.submit(body, home=request.image_key)
         self._under_way[request.id] = _Sent(request, future, self._length_name)
@@ -181,7 +163,7 @@ class HttpCaptioner:
             return _failed(
                 request, SampleError(ErrorKind.CONTENT_FILTER, reply.text[:200] or "a content filter")
             )
-        return make_caption(request, reply)
+        return make_caption(request, reply, find_loops=not self._to_ours)
 
     def stats(self) -> dict[str, float]:
         """See `ChatClient.stats`."""
@@ -226,12 +208,19 @@ def sampling_fields(
     return fields
 
 
-def make_caption(request: CaptionRequest, reply: ChatReply) -> Caption:
+def our_fields(request: CaptionRequest) -> dict[str, Any]:
+    """What only our own server knows: the rule for loops, and how many requests will come with this image."""
+    rule = request.sampling.repetition
+    fields: dict[str, Any] = {"repetition": None if rule is None else asdict(rule)}
+    return fields | {"siblings": request.num_siblings} if request.num_siblings > 1 else fields
+
+
+def make_caption(request: CaptionRequest, reply: ChatReply, *, find_loops: bool = True) -> Caption:
     """A reply as a caption: cut at the stop strings and before a loop, as the native engine does."""
     text, reason = reply.text, _FINISH.get(reply.finish_reason, FinishReason.STOP)
     ends = [at for stop in request.sampling.stop if (at := text.find(stop)) >= 0]
     text = text[: min(ends)] if ends else text
-    rule = request.sampling.repetition
+    rule = request.sampling.repetition if find_loops else None
     kept = text if rule is None or reason is FinishReason.REPETITION else cut_loop(text, rule)
     if kept != text:
         text, reason = kept, FinishReason.REPETITION
@@ -277,10 +266,21 @@ def open_http(settings: RecaptionSettings) -> HttpCaptioner:
     client = ChatClient(chat)
     try:
         named = "model" in settings.model_fields_set
-        model = choose_model(client.models(), settings.model if named else "")
+        listed = client.models()
+        model = choose_model(listed, settings.model if named else "")
+        for server in client.fleet.servers:
+            for entry in listed[server.name] or ():
+                if entry.name == model.name and entry.parallel:
+                    server.start_at(entry.parallel)
         client.settings = replace(chat, model=model.name)
         encoder = ImageEncoder(settings.send_format, settings.send_size)
-        return HttpCaptioner(client, model.digest or _digest_of_name(model.name), encoder)
+        return HttpCaptioner(
+            client,
+            model.digest or _digest_of_name(model.name),
+            encoder,
+            apply_orientation=settings.orientation == "apply",
+            to_ours=model.is_ours,
+        )
     except BaseException:
         client.close()
         raise
@@ -296,6 +296,7 @@ def choose_model(listed: dict[str, list[ServedModel] | None], name: str) -> Serv
             raise UsageError(f"--backend http needs --model NAME; {what}")
         name = served.pop()
     digests: set[str] = set()
+    is_ours = len(known) == len(listed)
     for url, models in known:
         found = [model for model in models if model.name == name]
         if not found:
@@ -303,9 +304,10 @@ def choose_model(listed: dict[str, list[ServedModel] | None], name: str) -> Serv
             hint = nearest(name, names) or f"; it serves: {', '.join(names[:8])}"
             raise UsageError(f"the server at {url} has no model {name!r}{hint}")
         digests |= {found[0].digest} - {""}
+        is_ours = is_ours and found[0].is_ours
     if len(digests) > 1:
         raise UsageError(f"the servers do not serve the same {name!r}: their weights have other digests")
-    return ServedModel(name, digests.pop() if digests else "")
+    return ServedModel(name, digests.pop() if digests else "", is_ours)
 
 
 def _digest_of_name(name: str) -> str:

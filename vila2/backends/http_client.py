@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from vila2.backends import OUR_SERVER
 from vila2.backends.http_fleet import ChatSettings, Fleet, RequestFailed, Server
 from vila2.backends.http_wire import ChatReply, ExchangeError, Trouble
 from vila2.backends.loop_thread import LoopThread
@@ -18,10 +19,13 @@ __all__ = ["ChatClient", "ChatReply", "ChatSettings", "RequestFailed", "ServedMo
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """An entry of a server's list of models. `digest` names the weights where the server says so, as ours does."""
+    """An entry of a server's list of models. `digest` names the weights where the server says so, as ours does;
+    `is_ours`: it is `vila2-fast serve` that answers; `parallel`: how many requests fill it, 0 if it does not say."""
 
     name: str
     digest: str = ""
+    is_ours: bool = False
+    parallel: int = 0
 
 
 class ChatClient:
@@ -92,12 +96,20 @@ class ChatClient:
     async def _models_of(self, server: Server) -> list[ServedModel] | None:
         try:
             listed = json.loads(await self.fleet.get(server, "models"))["data"]
-            return [ServedModel(str(entry["id"]), _digest_of(entry)) for entry in listed]
+            return [
+                ServedModel(
+                    str(entry["id"]),
+                    _digest_of(entry),
+                    entry.get("owned_by") == OUR_SERVER,
+                    _parallel_of(entry),
+                )
+                for entry in listed
+            ]
         except ExchangeError as error:
             if str(error).startswith(("HTTP 404", "HTTP 405", "HTTP 501")):  # many servers have no list
                 return None
             raise
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
 
@@ -106,3 +118,8 @@ def _digest_of(entry: dict[str, Any]) -> str:
     if isinstance(digest, str) and len(digest) == 32 and all(char in "0123456789abcdef" for char in digest):
         return digest
     return ""
+
+
+def _parallel_of(entry: dict[str, Any]) -> int:
+    number = entry.get("parallel")
+    return number if isinstance(number, int) and number > 0 else 0

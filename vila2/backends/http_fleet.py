@@ -17,6 +17,7 @@ from functools import lru_cache
 import httpx
 
 from vila2.backends.http_limit import AdaptiveLimit
+from vila2.backends.http_transport import IdleConnections, goes_direct
 from vila2.backends.http_wire import (
     ChatReply,
     ExchangeError,
@@ -33,6 +34,7 @@ from vila2.errors import VilaError
 TRIP_AFTER = 5  # failures in a row that open a server's breaker; a refused connection does so at once
 MANY = 8  # distinct requests failing without an answer in between: not their fault
 MAX_IN_FLIGHT = 256
+KEEPALIVE_S = 20.0  # servers commonly keep an idle connection longer
 LONGEST_WAIT_S = 30.0  # between two attempts of our own choice; a Retry-After may be longer
 MAX_HOMES = 1024
 
@@ -81,6 +83,10 @@ class Server:
         self._failures = 0  # in a row
         self._setbacks = 0  # in a row, those that happened together counted once
         self.resumes_at = 0.0
+
+    def start_at(self, parallel: int) -> None:
+        """Begin with this many requests at once: so many fill it, it says."""
+        self.limit = AdaptiveLimit(self.limit.maximum, parallel)
 
     @property
     def tripped(self) -> bool:
@@ -207,10 +213,18 @@ class Fleet:
     def _open(self) -> httpx.AsyncClient:
         if self._client is None:
             # How many connections there are is the limits' business; each exchange has one timeout over all of it.
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=20.0)
+            limits = httpx.Limits(
+                max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_S
+            )
             timeout = httpx.Timeout(self.settings.timeout_s, connect=min(15.0, self.settings.timeout_s))
+            # httpx finds proxies by itself, but not for a transport of ours.
+            direct = all(goes_direct(server.url) for server in self.servers)
             self._client = httpx.AsyncClient(
-                verify=_tls(), limits=limits, timeout=timeout, headers=self.secret.headers
+                verify=_tls(),
+                limits=limits,
+                timeout=timeout,
+                headers=self.secret.headers,
+                transport=IdleConnections(_tls(), KEEPALIVE_S) if direct else None,
             )
         return self._client
 

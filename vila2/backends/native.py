@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from vila2.backends.compute import (
+    ON_CUDA,
     ComputePlan,
     available_cores,
     available_memory,
     pack_model,
     plan_compute,
-    resolve_device,
+    resolve_device_for,
 )
 from vila2.backends.engine_dir import (
     check_asked,
@@ -26,8 +27,9 @@ from vila2.backends.engine_dir import (
     read_engine,
 )
 from vila2.config import RecaptionSettings
+from vila2.engine.cuda_graphs import padded_sizes
 from vila2.engine.engine import Engine, EngineLimits
-from vila2.engine.gpu_memory import kv_budget
+from vila2.engine.gpu_memory import fitting_batch_tokens, kv_budget, out_of_memory
 from vila2.engine.sequence import EngineRequest, Finished, ImageSpan
 from vila2.errors import UsageError
 from vila2.model.checkpoint import LoadedCheckpoint, load_checkpoint
@@ -64,6 +66,8 @@ class NativeCaptioner:
             checkpoint.tokenizer.decode,
             kv_dtype=plan.kv_dtype,
         )
+        if self.is_on_gpu:
+            self._fit_steps()
         self._under_way: dict[int, CaptionRequest] = {}
 
     @property
@@ -71,23 +75,39 @@ class NativeCaptioner:
         """Whether images may as well be decoded there."""
         return self.engine.runner.device.type == "cuda"
 
+    def _fit_steps(self) -> None:
+        """Make steps smaller if cache and graphs, now that they are there, have left less than was reckoned."""
+        engine, limits = self.engine, self.engine.limits
+        engine.runner.clear_memory()
+        engine.scheduler.max_batch_tokens = fitting_batch_tokens(
+            self.checkpoint.config,
+            free=torch.cuda.mem_get_info()[0],
+            max_batch_tokens=limits.max_batch_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            vision_batch=limits.vision_batch,
+        )
+
     @property
     def square_side(self) -> int | None:
         """The side that `prepare` resizes every image to, if it does nothing else to it."""
         processor = self.checkpoint.image_processor
         return processor.image_size if processor.mode == "resize" else None
 
-    def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
-        """One RGB image (height, width, 3) to the model's tiles."""
-        return self.checkpoint.image_processor.prepare(image)
+    @property
+    def room(self) -> int:
+        """How many requests the engine takes: one load ahead, so that images are encoded in batches."""
+        return self.engine.limits.max_num_seqs + self.engine.limits.vision_batch
+
+    def prepare(self, image: NDArray[np.uint8], num_images: int = 1) -> PreparedImage:
+        """One RGB image (height, width, 3), one of the `num_images` of its request, to the model's tiles."""
+        return self.checkpoint.image_processor.prepare(image, num_images)
 
     def caption(self, requests: Iterable[CaptionRequest | None]) -> Iterator[Caption]:
-        """See `Captioner.caption`. Takes requests one engine load ahead, so that images are encoded in batches."""
+        """See `Captioner.caption`."""
         source = iter(requests)
         exhausted = False
-        room = self.engine.limits.max_num_seqs + self.engine.limits.vision_batch
         while not exhausted or self.engine.num_unfinished:
-            while not exhausted and self.engine.num_unfinished < room:
+            while not exhausted and self.engine.num_unfinished < self.room:
                 try:
                     request = next(source)
                 except StopIteration:
@@ -95,16 +115,16 @@ class NativeCaptioner:
                     break
                 if request is None:
                     break
-                error = self._add(request)
+                error = self.add(request)
                 if error:
                     yield Caption(request.id, "", finish_reason=FinishReason.ERROR, error=error)
             if self.engine.num_unfinished:
-                for finished in self.engine.step():
-                    yield self._caption(finished)
+                yield from self.step()
             elif not exhausted:
                 time.sleep(0.001)  # nothing to do until the source has a request
 
-    def _add(self, request: CaptionRequest) -> SampleError | None:
+    def add(self, request: CaptionRequest) -> SampleError | None:
+        """Queue a request; why it cannot be, if so. In the thread that steps, and only while there is `room`."""
         images: list[PreparedImage] = list(request.images)
         try:
             prompt = build_prompt(
@@ -130,6 +150,15 @@ class NativeCaptioner:
             return SampleError(ErrorKind.PROMPT_TOO_LONG, str(error))
         self._under_way[request.id] = request
         return None
+
+    def step(self) -> list[Caption]:
+        """Advance everything by one step; what ended in it."""
+        return [self._caption(finished) for finished in self.engine.step()]
+
+    def abort(self, number: int) -> bool:
+        """Drop a request; False if it is not under way."""
+        self._under_way.pop(number, None)
+        return self.engine.abort(number)
 
     def _draft_tokens(self, request: CaptionRequest) -> tuple[int, ...]:
         # A token is seldom longer than this; what lies far beyond the longest caption is of no use.
@@ -187,6 +216,8 @@ def open_native(settings: RecaptionSettings) -> NativeCaptioner:
         max_new_tokens=settings.max_new_tokens,
         resize=settings.resize,
         gpu_memory=settings.gpu_memory,
+        processes=settings.processes_on_cpu,
+        shares_images=len(settings.prompt) > 1 or settings.prompt_file is not None,
     )
 
 
@@ -202,30 +233,46 @@ def open_checkpoint(
     max_new_tokens: int = 256,
     resize: str = "exact",
     gpu_memory: float = 0.9,
+    processes: int = 1,
+    shares_images: bool = False,
 ) -> NativeCaptioner:
     """Open a checkpoint, or an engine directory that was built from one (see vila2.backends.engine_dir).
 
     `precision` "auto" is the engine's own, or bf16. `batch_size` is the number of sequences decoded together
     (default: by the device and its memory); `max_new_tokens` is only the usual length, by which the cache is sized;
     `resize` is exact (Pillow's pixels) or fast (see `ImageProcessor.exact`); `gpu_memory` is the share of a card that
-    may be used in all.
+    may be used in all, `processes` how many like this one share the machine's memory; `shares_images` says
+    that several requests will come for an image. UsageError, with the sizes, when a card is too small.
     """
     if template is not None:
         check_template(template)
     set_threads(threads or available_cores())
+    try:
+        checkpoint, plan, name, device = _find(path, device, precision, deterministic)
+        processor = replace(checkpoint.image_processor, exact=resize == "exact")
+        checkpoint = replace(checkpoint, image_processor=processor)
+        limits = size_engine(checkpoint, plan, device, batch_size, max_new_tokens, gpu_memory, processes)
+        limits = replace(limits, group_prefixes=shares_images)
+        return NativeCaptioner(checkpoint, plan, name, template or checkpoint.config.template, limits)
+    except torch.OutOfMemoryError:
+        free, total = torch.cuda.mem_get_info()
+        raise out_of_memory("the model, its cache and its graphs are made", free=free, total=total) from None
+
+
+def _find(
+    path: str | Path, device: str, precision: str, deterministic: bool
+) -> tuple[LoadedCheckpoint, ComputePlan, str, str]:
+    """The model, how it computes, its name, and the device that it is on."""
     if is_engine(path):
         checkpoint, plan = _open_engine(path, device, precision, deterministic)
-        name, device = read_engine(path).name, "cpu"
+        name, device = read_engine(path).name, checkpoint.model.decoder.cos.device.type
     else:
-        device = resolve_device(device)
         precision = DEFAULT_PRECISION if precision == "auto" else precision
+        device = resolve_device_for(device, precision)
         plan = plan_compute(device, precision, deterministic, capabilities().fast_bf16)
         checkpoint = _load(path, plan, device, precision, deterministic)
         name = Path(path).resolve().name
-    processor = replace(checkpoint.image_processor, exact=resize == "exact")
-    checkpoint = replace(checkpoint, image_processor=processor)
-    limits = size_engine(checkpoint, plan, device, batch_size, max_new_tokens, gpu_memory)
-    return NativeCaptioner(checkpoint, plan, name, template or checkpoint.config.template, limits)
+    return checkpoint, plan, name, device
 
 
 def _open_engine(
@@ -233,22 +280,25 @@ def _open_engine(
 ) -> tuple[LoadedCheckpoint, ComputePlan]:
     record = read_engine(path)
     check_asked(path, record, precision, device)
-    plan = plan_compute("cpu", record.precision, deterministic, capabilities().fast_bf16)
+    device = "cpu" if record.device == "cpu" else resolve_device_for(device, record.precision)
+    plan = plan_compute(device, record.precision, deterministic, capabilities().fast_bf16)
     check_engine(path, record, layout_of(plan))
-    return load_engine(path, record), plan
+    return load_engine(path, record, device), plan
 
 
 def _load(
     path: str | Path, plan: ComputePlan, device: str, precision: str, deterministic: bool
 ) -> LoadedCheckpoint:
-    """The checkpoint as the plan runs it. Rounding to int8 takes a while: it is done once, into a cache."""
-    if plan.packed_dtype is torch.int8:
+    """The checkpoint as the plan runs it. Rounding to 8 bits or 4 takes a while: it is done once, into a cache."""
+    if precision in ("int8", *ON_CUDA):
         from vila2.backends.engine_build import cached_engine  # which captions with this module
 
-        cached = cached_engine(path)
+        cached = cached_engine(path, precision)
         if cached is not None:
             return _open_engine(cached, device, precision, deterministic)[0]
-    checkpoint = load_checkpoint(path, dtype=plan.model_dtype, device=device)
+    # What is rounded to few bits is rounded once, from float32.
+    dtype = torch.float32 if precision in ON_CUDA else plan.model_dtype
+    checkpoint = load_checkpoint(path, dtype=dtype, device=device)
     pack_model(checkpoint.model, plan)
     return checkpoint
 
@@ -260,6 +310,7 @@ def size_engine(
     batch_size: int | None,
     max_new_tokens: int,
     gpu_memory: float = 0.9,
+    processes: int = 1,
 ) -> EngineLimits:
     """Batch sizes for the device, and a cache for the batch within a share of the free memory.
 
@@ -272,7 +323,7 @@ def size_engine(
     max_num_seqs = batch_size or (256 if device == "cuda" else 64)
     max_batch_tokens = max(8192 if device == "cuda" else 512, max_num_seqs)
     vision_batch = 64 if device == "cuda" else 8
-    budget = 0.4 * available_memory()
+    budget = 0.4 * available_memory() / processes
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         budget = kv_budget(
@@ -283,6 +334,7 @@ def size_engine(
             max_batch_tokens=max_batch_tokens,
             max_num_seqs=max_num_seqs,
             vision_batch=vision_batch,
+            num_graphs=2 * len(padded_sizes(max_num_seqs)),  # with and without groups
         )
     most = int(budget // bytes_per_token)
     if most < usual:

@@ -78,10 +78,11 @@ def compare(
 ) -> Quality:
     """Measure `model`, whose own free `answers` are given, against the reference."""
     divergence, agreed, count = 0.0, 0, 0
+    dtype = model.decoder.norm.weight.dtype
     for told in reference.told:
         hidden = follow(model, told.prompt, told.image, told.answer, kv_dtype)
         for ours, theirs in _blocks(hidden, told.hidden):
-            log_ours = model.decoder.logits(ours).double().log_softmax(-1)
+            log_ours = model.decoder.logits(ours.to(dtype)).double().log_softmax(-1)
             log_theirs = (theirs @ reference.head.T).double().log_softmax(-1)
             divergence += float((log_theirs.exp() * (log_theirs - log_ours)).sum())
             agreed += int((log_ours.argmax(-1) == log_theirs.argmax(-1)).sum())
@@ -101,7 +102,8 @@ def follow(
     """The hidden states (len(answer) + 1, hidden) that `answer` and its end are read from, in one pass."""
     decoder, config = model.decoder, model.config.decoder
     visual = model.encode_images([image])[0]
-    tokens = torch.tensor([*prompt.token_ids, *answer])
+    device = decoder.cos.device
+    tokens = torch.tensor([*prompt.token_ids, *answer], device=device)
     hidden = decoder.embed(tokens.clamp_min(0))
     rows = image.num_tokens // image.num_placeholders
     for start, length, _, chunk in prompt.image_spans:
@@ -109,12 +111,12 @@ def follow(
     count = len(tokens)
     shape = (config.num_layers, 2, 1, config.num_kv_heads, count, config.head_dim)
     attend = PagedAttend(
-        cache=torch.zeros(shape, dtype=kv_dtype),
-        positions=torch.arange(count),
-        slots=torch.arange(count),
-        block_tables=torch.zeros(1, 1, dtype=torch.int32),
-        query_starts=torch.tensor([0, count], dtype=torch.int32),
-        context_lens=torch.tensor([count], dtype=torch.int32),
+        cache=torch.zeros(shape, dtype=kv_dtype, device=device),
+        positions=torch.arange(count, device=device),
+        slots=torch.arange(count, device=device),
+        block_tables=torch.zeros(1, 1, dtype=torch.int32, device=device),
+        query_starts=torch.tensor([0, count], dtype=torch.int32, device=device),
+        context_lens=torch.tensor([count], dtype=torch.int32, device=device),
         cos=decoder.cos,
         sin=decoder.sin,
         scale=config.head_dim**-0.5,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["int8", "bf16", "float32", "fp8", "int4-awq"]),
+    type=click.Choice(["int8", "bf16", "float32", "fp8", "int4", "int4-awq"]),
     help="How weights are kept and multiplied. [native: int8; trtllm: bf16]",
 )
 @click.option(
@@ -121,8 +121,8 @@ def build(
     if max_batch is not None or engine_option:
         raise click.UsageError("--max-batch and --engine-option are for --backend trtllm")
     precision = precision or "int8"
-    if precision not in ("int8", "bf16", "float32"):
-        raise click.UsageError(f"--precision {precision} is for --backend trtllm")
+    if precision == "int4-awq":
+        raise click.UsageError("--precision int4-awq is for --backend trtllm: int4 is ours")
     from vila2.backends.engine_build import build_engine
     from vila2.evaluate.calibration import of_source, of_world
 

@@ -21,6 +21,8 @@ click.rich_click.OPTION_GROUPS["*evaluate"] = [
             "--style",
             "--scenes",
             "--objects",
+            "--themes",
+            "--sign-words",
             "--seed",
             "--limit",
             "--image-size",
@@ -79,6 +81,10 @@ def _objects(ctx: click.Context, option: click.Parameter, text: str | None) -> t
 )
 @click.option(
     "--objects", callback=_objects, metavar="A-B", help="Only scenes of A to B objects, like 1-4. [1-5]"
+)
+@click.option("--themes", default="", metavar="A,B", help="Only names of these themes, like farm,home. [all]")
+@click.option(
+    "--sign-words", type=click.IntRange(1), metavar="N", help="Signs carry one of N words. [all there are]"
 )
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Which world."
@@ -185,11 +191,14 @@ def _measure(checkpoint: str, options: dict[str, Any]) -> "Evaluation":
     from vila2.evaluate import evaluate as measure
 
     names = (
-        "split", "style", "scenes", "objects", "seed", "limit", "image_size",
+        "split", "style", "scenes", "objects", "sign_words", "seed", "limit", "image_size",
         "device", "precision", "batch_size", "threads", "max_new_tokens",
     )  # fmt: skip
-    tasks = [name.strip() for name in options["tasks"].split(",") if name.strip()]
-    return measure(checkpoint, tasks, observe=_progress("scenes"), **{name: options[name] for name in names})
+    tasks, themes = (
+        [name.strip() for name in options[key].split(",") if name.strip()] for key in ("tasks", "themes")
+    )
+    given = {name: options[name] for name in names}
+    return measure(checkpoint, tasks, themes=themes, observe=_progress("scenes"), **given)
 
 
 def _score(captions: str, options: dict[str, Any]) -> "Evaluation":

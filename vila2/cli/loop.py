@@ -25,6 +25,12 @@ INTERRUPTED_EXIT = 130
 )
 @click.option("--until", metavar="STEP", help="Stop after this step, or after all steps below a folder.")
 @click.option("--from", "first", metavar="STEP", help="Do this step, and all that follows from it, again.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Only this seed's steps, beside processes of other seeds.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the steps, and what they will take by a measured probe.")
 @click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout.")
 def loop(
@@ -33,6 +39,7 @@ def loop(
     overrides: tuple[str, ...],
     until: str | None,
     first: str | None,
+    seed: int | None,
     dry_run: bool,
     as_json: bool,
 ) -> int:
@@ -44,16 +51,17 @@ def loop(
     vila2-fast loop recipe.toml --dry-run
     vila2-fast loop recipe.toml --until round-1
     vila2-fast loop recipe.toml --from round-2/train
+    vila2-fast loop recipe.toml --seed 0 & vila2-fast loop recipe.toml --seed 1
     """
     from vila2.augment.recipe import read_loop_recipe
 
     settings = read_loop_recipe(recipe, overrides, out)
     if dry_run:
         return _dry_run(settings, as_json)
-    return _run(settings, until, first, as_json)
+    return _run(settings, until, first, seed, as_json)
 
 
-def _run(recipe: "LoopRecipe", until: str | None, first: str | None, as_json: bool) -> int:
+def _run(recipe: "LoopRecipe", until: str | None, first: str | None, seed: int | None, as_json: bool) -> int:
     from dataclasses import asdict
 
     from vila2.augment.loop import Loop
@@ -63,7 +71,7 @@ def _run(recipe: "LoopRecipe", until: str | None, first: str | None, as_json: bo
 
     interrupts = Interrupts()
     with interrupts.installed(), shown(as_json) as show:
-        summary = Loop(recipe, observe=show, interrupts=interrupts, until=until, first=first).run()
+        summary = Loop(recipe, observe=show, interrupts=interrupts, until=until, first=first, seed=seed).run()
     if as_json:
         print_event("summary", asdict(summary))
     else:

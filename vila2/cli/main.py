@@ -17,6 +17,7 @@ from vila2.errors import VilaError
 # name -> "module:command", in the order that --help shows
 COMMANDS = {
     "recaption": "vila2.cli.recaption:recaption",
+    "serve": "vila2.cli.serve:serve",
     "verify": "vila2.cli.verify:verify",
     "export": "vila2.cli.export:export",
     "train": "vila2.cli.train:train",

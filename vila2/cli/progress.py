@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from vila2.recaption.processes import Notice
     from vila2.recaption.stats import DraftUse, Progress
 
 PLAIN_EVERY_S = 5.0
@@ -34,6 +35,16 @@ def shown(as_json: bool) -> Iterator[Show]:
 def print_event(event: str, values: dict[str, Any]) -> None:
     """One JSON line on stdout."""
     print(json.dumps({"event": event, **values}, ensure_ascii=False), flush=True)
+
+
+def print_notice(notice: "Notice", *, as_json: bool) -> None:
+    """What became of a process: a death on standard error, everything as JSON."""
+    if as_json:
+        values = asdict(notice)
+        print_event("process", {"what": values.pop("event"), **values})
+    elif notice.event in ("died", "given_up"):
+        what = "died" if notice.event == "died" else "is given up"
+        print(f"{notice.device} (process {notice.pid}) {what}: {notice.detail}", file=sys.stderr, flush=True)
 
 
 def clock(seconds: float | None) -> str:

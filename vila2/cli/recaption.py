@@ -2,13 +2,16 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 if TYPE_CHECKING:
+    from vila2.cli.progress import Show
     from vila2.config import RecaptionSettings
     from vila2.recaption.estimate import Estimate
+    from vila2.recaption.interrupt import Interrupts
     from vila2.recaption.stats import RunSummary
 
 STRICT_EXIT = 3
@@ -38,9 +41,8 @@ click.rich_click.OPTION_GROUPS["*recaption"] = [
     {
         "name": "Machine and scale",
         "options": [
-            "--device", "--precision", "--gpu-memory", "--backend", "--batch-size", "--threads", "--decode-workers",
-            "--limit",
-            "--rank", "--world-size", "--rows-per-part",
+            "--device", "--devices", "--precision", "--gpu-memory", "--backend", "--batch-size", "--threads",
+            "--decode-workers", "--limit", "--rank", "--world-size", "--rows-per-part",
         ],
     },
     {
@@ -138,6 +140,11 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
     help="Pillow's own pixels, or 2 to 10 times faster and at most 2 grey levels away. [exact]",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[auto]")
+@click.option(
+    "--devices",
+    metavar="WHICH",
+    help="One process a device, restarted if it dies: all (GPUs), 0,2,3, or cpu:N. [one process]",
+)
 @click.option(
     "--gpu-memory",
     type=float,
@@ -242,7 +249,10 @@ def _run(settings: "RecaptionSettings") -> int:
 
     interrupts = Interrupts()
     with interrupts.installed(), shown(settings.json_lines) as show:
-        summary = run(settings, observe=show, interrupts=interrupts)
+        if settings.devices is None:
+            summary = run(settings, observe=show, interrupts=interrupts)
+        else:
+            summary = _run_on_devices(settings, settings.devices, show, interrupts)
     if settings.json_lines:
         print_event("summary", summary.to_json())
     else:
@@ -253,11 +263,35 @@ def _run(settings: "RecaptionSettings") -> int:
     return STRICT_EXIT if settings.strict and summary.errors_in_output else 0
 
 
+def _run_on_devices(
+    settings: "RecaptionSettings", spec: str, show: "Show", interrupts: "Interrupts"
+) -> "RunSummary":
+    from vila2.cli.progress import print_notice
+    from vila2.recaption.devices import list_devices
+    from vila2.recaption.processes import run_on_devices
+
+    return run_on_devices(
+        settings,
+        list_devices(spec, _num_gpus),
+        observe=show,
+        notify=partial(print_notice, as_json=settings.json_lines),
+        interrupts=interrupts,
+    )
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def _dry_run(settings: "RecaptionSettings") -> int:
     from vila2.cli.progress import print_event
+    from vila2.recaption.devices import list_devices
     from vila2.recaption.estimate import estimate
 
-    result = estimate(settings)
+    count = 1 if settings.devices is None else len(list_devices(settings.devices, _num_gpus))
+    result = estimate(settings, processes=count)
     if settings.json_lines:
         print_event("estimate", result.to_json())
     else:
@@ -277,6 +311,8 @@ def _describe(summary: "RunSummary") -> str:
         lines.append(
             f"drafts: {use.accepted} of {use.drafted} tokens were right, {use.tokens_per_step:.2f} tokens a step"
         )
+    if summary.restarts:
+        lines.append(f"processes that died and were restarted: {summary.restarts}")
     if summary.already_done:
         lines.append(f"{summary.already_done} rows were there already")
     marked = {name: count for name, count in summary.status.items() if name not in ("ok", "error")}
@@ -300,5 +336,9 @@ def _describe_estimate(result: "Estimate") -> str:
         lines.append(
             f"probe: {result.probed} images in {result.probe_s:.1f} s, {result.captions_per_s:.2f} captions/s"
         )
+        if result.processes > 1:
+            lines.append(
+                f"the estimate takes {result.processes} processes to be as fast as the one that was probed"
+            )
         lines.append(f"estimate: {clock(result.seconds)} (h:mm:ss) and {result.disk_bytes / 2**20:.1f} MiB")
     return "\n".join(lines)

@@ -24,9 +24,16 @@ _FIRST = ("objects.f1", "chair.i", "captions.relations_true", "relation.accuracy
 @click.option(
     "--images", type=click.IntRange(0), default=60, show_default=True, help="Images in the gallery."
 )
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print tables for a README.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def report(
-    run: str, out: str | None, metrics: tuple[str, ...], every: bool, images: int, as_json: bool
+    run: str,
+    out: str | None,
+    metrics: tuple[str, ...],
+    every: bool,
+    images: int,
+    as_markdown: bool,
+    as_json: bool,
 ) -> None:
     """Write the report of the loop in the folder RUN: metrics by round with 95 % intervals over scenes and seeds,
     against the controls and the oracle.
@@ -34,6 +41,7 @@ def report(
     \b
     vila2-fast report runs/loop-tiny
     vila2-fast report runs/loop --all --json > results.json
+    vila2-fast report runs/loop --out docs/loop.html --images 40 --markdown
     """
     from vila2.augment.results import read_results
     from vila2.report.page import write_page
@@ -43,6 +51,9 @@ def report(
     write_page(page, results, images)
     if as_json:
         click.echo(json.dumps(results.to_json(), ensure_ascii=False))
+        return
+    if as_markdown:
+        _print_markdown(results, metrics, every)
         return
     _show(results, metrics, every)
     click.echo(f"the page: {page}")
@@ -61,6 +72,18 @@ def _show(results: "Results", metrics: tuple[str, ...], every: bool) -> None:
         for pair in shown or results.against[split]:
             click.echo(_gains(pair, names, results))
         click.echo("")
+
+
+def _print_markdown(results: "Results", metrics: tuple[str, ...], every: bool) -> None:
+    """The test split, or dev where nothing else was measured."""
+    from vila2.augment.results import markdown
+
+    split = next(iter(results.metrics))
+    seeds = f"{len(results.seeds)} seed{'s' if len(results.seeds) > 1 else ''}"
+    click.echo(f"{split} split, {seeds}; 95 % intervals over scenes and seeds; shares in per cent.\n")
+    click.echo(
+        "\n".join(markdown(results, split, list(results.metrics[split]) if every else metrics or _FIRST))
+    )
 
 
 def _gains(pair: "Against", names: list[str], results: "Results") -> str:

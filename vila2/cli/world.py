@@ -49,6 +49,8 @@ def world() -> None:
     "--junk", type=click.FloatRange(0, 1), help="How many alt-texts are about something else. [0.10]"
 )
 @click.option("--sign", type=click.FloatRange(0, 1), help="How many scenes have a sign. [0.40]")
+@click.option("--themes", default="", metavar="A,B", help="Only names of these themes, like farm,home. [all]")
+@click.option("--sign-words", type=click.IntRange(1), metavar="N", help="Signs carry one of N words. [all]")
 def make(folder: str, **options: Any) -> None:
     """Write scenes to DIR as WebDataset tars: KEY.jpg, KEY.txt (a text), KEY.json (the whole truth).
 
@@ -121,7 +123,8 @@ def _plan(options: dict[str, Any]) -> "ShardPlan":
         seed=options["seed"],
         style=options["style"],
         alt=noise,
-        **given(sign=options["sign"]),
+        themes=tuple(name.strip() for name in options["themes"].split(",") if name.strip()),
+        **given(sign=options["sign"], sign_words=options["sign_words"]),
     )
     return ShardPlan(
         settings,

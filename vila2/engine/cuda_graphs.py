@@ -1,28 +1,30 @@
 """Decoding without the host: a burst of steps for a padded batch, on CUDA each step the replay of one graph.
 
-A burst uploads what decides the next tokens of its sequences (block tables, places, random numbers), runs its steps one
-after another on the device, where each reads the tokens that the one before sampled, and brings all tokens back in one
-copy. Rows that pad a batch repeat one of its sequences: they compute and write the very same values, so no kernel needs
-to know of them. On the CPU the same steps run without graphs, which is how they are tested.
+A burst uploads what decides the next tokens of its sequences (block tables, places, random numbers), and runs its steps
+one after another on the device, where each reads the tokens that the one before sampled; the first reads those of the
+launch before, which nobody needs to have read (see vila2.engine.overlap). Rows that pad a batch repeat one of its
+sequences: they compute and write the very same values, so no kernel needs to know of them. On the CPU the same steps
+run without graphs, which is how they are tested.
 """
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from vila2.engine.grouping import group_by_prefix, max_groups
 from vila2.engine.runner import ModelRunner, PagedAttend
-from vila2.engine.sampler import uniform
+from vila2.engine.sampler import device_choice
 from vila2.engine.scheduler import Chunk, Scheduler
 from vila2.engine.sequence import Sequence
-from vila2.ops.sampling import sample
-
-_BELOW_ONE = np.float32(1 - 2**-24)  # the largest float32 below 1: a draw must not round to 1
+from vila2.engine.slots import Slots
+from vila2.ops.sampling import append_tokens, sample
 
 
 def padded_sizes(most: int) -> list[int]:
@@ -32,47 +34,50 @@ def padded_sizes(most: int) -> list[int]:
 
 
 @dataclass(slots=True)
-class _Inputs:
-    """What one burst reads and writes, on the device; `steps` rows where a value differs from step to step."""
-
-    tokens: Tensor  # (rows,) int64: the newest token of each sequence, replaced by every step
-    positions: Tensor  # (rows,) int64
-    tables: Tensor  # (rows, blocks) int32
-    temperature: Tensor  # (rows,) float32
-    top_k: Tensor  # (rows,) int32
-    top_p: Tensor  # (rows,) float32
-    draws: Tensor  # (steps, rows) float32
-    is_banned: Tensor  # (steps, rows) int8: the ends of sequence must not come yet
-
-
-@dataclass(slots=True)
 class DecodeBursts:
     """Bursts of up to `steps` tokens for up to `max_num_seqs` sequences on a runner's model and cache."""
 
     runner: ModelRunner
+    slots: Slots
     max_num_seqs: int
     max_tokens: int  # of one sequence, prompt included
     eos_ids: frozenset[int]
     steps: int = 8
-    _device: _Inputs = field(init=False)
-    _host: _Inputs = field(init=False)
-    _output: Tensor = field(init=False)
-    _arrived: Tensor = field(init=False)
+    groups_prefixes: bool = False  # whether sequences are told to read shared blocks together
+    _inputs: dict[str, Tensor] = field(init=False)  # fixed places that the graphs read; see `_values`
+    _output: Tensor = field(init=False)  # (steps, rows, 2) int64: token, and what repeats at its end
     _step: Tensor = field(init=False)
     _starts: Tensor = field(init=False)
-    _banned: Tensor = field(init=False)
-    _graphs: dict[int, Callable[[], None]] = field(default_factory=dict)
+    banned: Tensor = field(init=False)  # the ends of sequence, (n,) int32
+    _graphs: dict[tuple[int, bool], Callable[[], None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        device, rows = self.runner.device, self.max_num_seqs
+        device, rows, steps = self.runner.device, self.max_num_seqs, self.steps
         blocks = -(-self.max_tokens // self.runner.block_size)
-        self._device = _inputs(rows, self.steps, blocks, device, pinned=False)
-        self._host = _inputs(rows, self.steps, blocks, torch.device("cpu"), pinned=device.type == "cuda")
-        self._output = torch.zeros(self.steps, rows, dtype=torch.int64, device=device)
-        self._arrived = torch.zeros(self.steps, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._step = torch.zeros(1, dtype=torch.int64, device=device)
-        self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self._banned = torch.tensor(sorted(self.eos_ids), dtype=torch.int32, device=device)
+
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        whole, wide, real = torch.int32, torch.int64, torch.float32
+        self._inputs = {
+            "tokens": zeros(wide, rows),  # the newest token of each sequence, replaced by every step
+            "positions": zeros(wide, rows),
+            "slots": zeros(wide, rows).fill_(-1),
+            "tables": zeros(whole, rows, blocks),
+            "temperature": zeros(real, rows),
+            "top_k": zeros(whole, rows),
+            "top_p": zeros(real, rows).fill_(1),
+            "rules": zeros(whole, rows, 3),
+            "draws": zeros(real, steps, rows),
+            "is_banned": zeros(torch.int8, steps, rows),  # the ends of sequence must not come yet
+            "lens": zeros(whole, rows),
+            "group_starts": zeros(whole, max_groups(rows) + 1),
+            "members": zeros(whole, rows),
+        }
+        self._output = zeros(wide, steps, rows, 2)
+        self._step = zeros(wide, 1)
+        self._starts = torch.arange(rows + 1, dtype=whole, device=device)
+        self.banned = torch.tensor(sorted(self.eos_ids), dtype=whole, device=device)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -81,10 +86,11 @@ class DecodeBursts:
             return
         pool: Any = None
         for size in reversed(padded_sizes(self.max_num_seqs)):
-            # Each capture runs a step: at place 0 of block 0, which nobody holds yet.
-            self._step.zero_()
-            self._device.positions.zero_()
-            self._graphs[size], pool = _capture(partial(self._advance, size), pool)
+            for grouped in (False, True) if self.groups_prefixes else (False,):
+                # Each capture runs a step: at place 0 of block 0, which nobody holds yet, and of no slot.
+                self._step.zero_()
+                self._inputs["positions"].zero_()
+                self._graphs[size, grouped], pool = _capture(partial(self._advance, size, grouped), pool)
 
     def length(self, chunks: Seq[Chunk], scheduler: Scheduler) -> int:
         """How many steps these chunks can take on the device, blocks included; 0 if they are no step of decoding."""
@@ -93,12 +99,12 @@ class DecodeBursts:
         # Where somebody waits for images or blocks, not for a place, the host looks again after every step.
         is_full = len(scheduler.running) >= scheduler.max_num_seqs
         count = self.steps if is_full or not scheduler.waiting else 1
-        for chunk in chunks:
-            sequence = chunk.sequence
-            sampling = sequence.request.sampling
-            left = sampling.max_new_tokens - sequence.num_new_tokens
-            # A burst may run beyond an end of sequence or a stop, never beyond the room for tokens.
-            count = min(count, left, self.max_tokens - len(sequence.tokens))
+        sequences = [chunk.sequence for chunk in chunks]
+        left = min(seq.request.sampling.max_new_tokens - seq.num_new_tokens for seq in sequences)
+        # A burst may run beyond the end of a caption, whose tokens are then thrown away: it is not cut to pieces by
+        # captions that end one after the other. It never runs beyond the room for tokens.
+        room = min(self.max_tokens - seq.num_tokens for seq in sequences)
+        count = min(count, max(left, self.steps // 2), room)
         return count if self._reserve(chunks, scheduler, count) else 1
 
     def _reserve(self, chunks: Seq[Chunk], scheduler: Scheduler, count: int) -> bool:
@@ -114,54 +120,60 @@ class DecodeBursts:
         return True
 
     @torch.inference_mode()
-    def run(self, sequences: Seq[Sequence], count: int) -> list[list[int]]:
-        """The next `count` tokens of each sequence, whose blocks have room for them. The cache is written."""
-        size = next(size for size in padded_sizes(self.max_num_seqs) if size >= len(sequences))
-        self._fill(sequences, size, count)
-        for part in fields(_Inputs):
-            getattr(self._device, part.name).copy_(getattr(self._host, part.name), non_blocking=True)
-        self._step.zero_()
-        advance = self._graphs.get(size)
-        for _ in range(count):
-            if advance is None:
-                self._advance(size)
-            else:
-                advance()
-        self._arrived.copy_(self._output, non_blocking=True)
-        if self.runner.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        return self._arrived[:count, : len(sequences)].t().tolist()
+    def launch(self, sequences: Seq[Sequence], count: int) -> Tensor:
+        """Start the next `count` tokens of each sequence, whose blocks have room for them. The cache is written.
 
-    def _fill(self, sequences: Seq[Sequence], size: int, count: int) -> None:
-        """Write the host's copy of the inputs; padding repeats the sequence with the shortest context."""
+        Returns, on the device, (count, sequences, 2): each token, and how many tokens at the end it makes a loop of.
+        """
+        size = next(size for size in padded_sizes(self.max_num_seqs) if size >= len(sequences))
+        grouped = self._upload(sequences, size, count)
+        advance = self._graphs.get((size, grouped)) or partial(self._advance, size, grouped)
+        for _ in range(count):
+            advance()
+        return self._output[:count, : len(sequences)]
+
+    def _upload(self, sequences: Seq[Sequence], size: int, count: int) -> bool:
+        """Put the inputs in their places; padding repeats the sequence with the shortest context."""
         shortest = min(sequences, key=lambda sequence: sequence.num_computed)
         padded = [*sequences, *[shortest] * (size - len(sequences))]
-        samplings = [sequence.request.sampling for sequence in padded]
-        host, rows = self._host, slice(0, size)
-        host.tokens.numpy()[rows] = [sequence.tokens[-1] for sequence in padded]
-        host.positions.numpy()[rows] = [sequence.num_computed for sequence in padded]
-        host.temperature.numpy()[rows] = [sampling.temperature for sampling in samplings]
-        host.top_k.numpy()[rows] = [sampling.top_k for sampling in samplings]
-        host.top_p.numpy()[rows] = [sampling.top_p for sampling in samplings]
-        tables, draws = host.tables.numpy(), host.draws.numpy()
-        tables[rows] = 0
-        for row, sequence in enumerate(padded):
-            tables[row, : len(sequence.blocks)] = sequence.blocks
-            if samplings[row].temperature > 0:
-                key, first = sequence.request.rng_key, sequence.num_new_tokens
-                numbers = np.array([uniform(key, first + step) for step in range(count)], dtype=np.float32)
-                draws[:count, row] = np.minimum(numbers, _BELOW_ONE)
-        places = np.arange(count)[:, None] + np.array([sequence.num_new_tokens for sequence in padded])
-        early = places < np.array([sampling.min_new_tokens for sampling in samplings])
-        ignored = np.array([sampling.ignore_eos for sampling in samplings])
-        host.is_banned.numpy()[:count, rows] = early | ignored
+        values = self._values(padded, count)
+        values["slots"][len(sequences) :] = -1
+        groups = (
+            group_by_prefix(padded, len(sequences), self.runner.block_size) if self.groups_prefixes else None
+        )
+        if groups is not None:
+            values.update(zip(("lens", "group_starts", "members"), groups, strict=True))
+        for name, value in values.items():
+            place = self._inputs[name][tuple(slice(length) for length in value.shape)]
+            place.copy_(self.runner.upload(value))
+        sources = self.runner.upload(np.array([sequence.slot for sequence in padded], dtype=np.int64))
+        self._inputs["tokens"][:size] = self.slots.newest[sources]
+        self._step.zero_()
+        return groups is not None
 
-    def _advance(self, size: int) -> None:
+    def _values(self, sequences: Seq[Sequence], count: int) -> dict[str, NDArray[Any]]:
+        choice = device_choice(sequences, count)
+        tables = np.zeros((len(sequences), self._inputs["tables"].shape[1]), dtype=np.int32)
+        for row, sequence in enumerate(sequences):
+            tables[row, : len(sequence.blocks)] = sequence.blocks
+        return {
+            "positions": np.array([sequence.num_computed for sequence in sequences], dtype=np.int64),
+            "slots": np.array([sequence.slot for sequence in sequences], dtype=np.int64),
+            "tables": tables,
+            "rules": np.array([self.slots.rule_of(sequence) for sequence in sequences], dtype=np.int32),
+            **choice,
+        }
+
+    def _advance(self, size: int, grouped: bool) -> None:
         """One step of `size` rows: nothing here reads a value on the host."""
-        inputs, runner = self._device, self.runner
+        inputs = {name: value[:size] for name, value in self._inputs.items() if name != "group_starts"}
+        runner, step = self.runner, self._step
         decoder, block_size = runner.model.decoder, runner.block_size
-        tokens, positions, tables = (part[:size] for part in (inputs.tokens, inputs.positions, inputs.tables))
+        tokens, positions, tables, slots = (
+            inputs[name] for name in ("tokens", "positions", "tables", "slots")
+        )
         blocks = tables.gather(1, (positions // block_size)[:, None])[:, 0]
+        starts = self._inputs["group_starts"][: max_groups(size) + 1]
         attend = PagedAttend(
             runner.cache,
             positions,
@@ -173,37 +185,24 @@ class DecodeBursts:
             decoder.sin,
             runner.scale,
             longest=1,
+            shared=(inputs["lens"], starts, inputs["members"]) if grouped else None,
         )
         logits = decoder.logits(decoder(decoder.embed(tokens), attend))
         chosen = sample(
             logits,
-            inputs.temperature[:size],
-            inputs.top_k[:size],
-            inputs.top_p[:size],
-            inputs.draws.index_select(0, self._step)[0, :size],
-            self._banned,
-            inputs.is_banned.index_select(0, self._step)[0, :size],
+            inputs["temperature"],
+            inputs["top_k"],
+            inputs["top_p"],
+            self._inputs["draws"].index_select(0, step)[0, :size],
+            self.banned,
+            self._inputs["is_banned"].index_select(0, step)[0, :size],
         )
+        table = self.slots
+        repeated = append_tokens(chosen, slots, table.history, table.lengths, table.runs, inputs["rules"])
         tokens.copy_(chosen)
         positions += 1
-        self._output[:, :size].index_copy_(0, self._step, chosen[None])
-        self._step += 1
-
-
-def _inputs(rows: int, steps: int, blocks: int, device: torch.device, *, pinned: bool) -> _Inputs:
-    def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
-
-    return _Inputs(
-        zeros(torch.int64, rows),
-        zeros(torch.int64, rows),
-        zeros(torch.int32, rows, blocks),
-        zeros(torch.float32, rows),
-        zeros(torch.int32, rows),
-        zeros(torch.float32, rows).fill_(1),
-        zeros(torch.float32, steps, rows),
-        zeros(torch.int8, steps, rows),
-    )
+        self._output[:, :size].index_copy_(0, step, torch.stack((chosen, repeated.long()), -1)[None])
+        step += 1
 
 
 def _is_plain(chunk: Chunk) -> bool:

@@ -6,7 +6,7 @@ the model, samples, and ends what has ended. Stop strings need text, so the call
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Set
+from collections.abc import Callable, Hashable, Iterator, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from vila2.engine.blocks import BlockPool
 from vila2.engine.cuda_graphs import DecodeBursts
+from vila2.engine.overlap import Ahead
 from vila2.engine.repetition import find_loop, new_runs, update_runs
 from vila2.engine.runner import ModelRunner
 from vila2.engine.sampler import choose_tokens
 from vila2.engine.scheduler import Chunk, Scheduler, Step
 from vila2.engine.sequence import EngineRequest, Finished, Sequence, start_sequence
+from vila2.engine.slots import Slots
 from vila2.engine.speculation import MAX_DRAFT, Speculator, measure_step_cost
 from vila2.model.vlm import VisionLanguageModel
 from vila2.types import FinishReason
@@ -38,7 +40,12 @@ class EngineLimits:
     block_size: int = 16
     max_kept_images: int = 64  # encoded images kept for siblings that have not come yet
     burst: int = 1  # steps of decoding between two looks of the host; more than 1 is for CUDA
-    max_draft: int = MAX_DRAFT  # drafted tokens that a sequence may verify in a step; 0 leaves drafts unused
+    overlap: bool = True  # with bursts: launch the next one before the tokens of the last are read
+    group_prefixes: bool = False  # with bursts: sequences that share an image read it together
+    max_period: int = 64  # with bursts: the longest loop that the device looks for; the host does the rest
+    max_draft: int = (
+        MAX_DRAFT  # drafted tokens that a sequence may verify in a step; 0, and with bursts, none
+    )
 
 
 @dataclass(slots=True)
@@ -60,6 +67,7 @@ class Counters:
     vision_s: float = 0.0
     language_s: float = 0.0
     sample_s: float = 0.0  # the head over the vocabulary, and the choice among it
+    retreats: int = 0  # times that memory ran out and batches were made smaller
     probe_s: float = 0.0  # measuring what a step costs, once, when the first draft comes
 
 
@@ -87,7 +95,7 @@ class Engine:
     word_starts: Set[int] = frozenset()  # see vila2.engine.draft
     scheduler: Scheduler = field(init=False)
     runner: ModelRunner = field(init=False)
-    bursts: DecodeBursts | None = field(init=False, default=None)
+    ahead: Ahead | None = field(init=False, default=None)
     _encoded: OrderedDict[Hashable, _Encoded] = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
@@ -97,10 +105,21 @@ class Engine:
         self.scheduler = Scheduler(pool, limits.max_num_seqs, limits.max_batch_tokens)
         self.runner = ModelRunner(self.model, num_blocks, limits.block_size, self.kv_dtype)
         if limits.burst > 1:
-            self.bursts = DecodeBursts(
-                self.runner, limits.max_num_seqs, self.max_total_tokens(), self.eos_ids, limits.burst
+            # A step with drafts goes through the model without graphs, and what it costs there says nothing of bursts.
+            self.limits = limits = replace(limits, max_draft=0)
+            room = self.max_total_tokens()
+            slots = Slots(self.runner, limits.max_num_seqs, room + limits.max_period, limits.max_period)
+            bursts = DecodeBursts(
+                self.runner,
+                slots,
+                limits.max_num_seqs,
+                room,
+                self.eos_ids,
+                limits.burst,
+                limits.group_prefixes,
             )
-            self.bursts.warm_up()
+            bursts.warm_up()
+            self.ahead = Ahead(self.runner, bursts, slots, room)
 
     @property
     def num_unfinished(self) -> int:
@@ -134,16 +153,32 @@ class Engine:
         self.counters.prompt_tokens += len(request.token_ids)
         self.scheduler.add(sequence)
 
+    def abort(self, number: int) -> bool:
+        """Let go of a request, wherever it stands; False if it is not under way. Its tokens are lost."""
+        scheduler = self.scheduler
+        for sequence in (*scheduler.running, *scheduler.waiting):
+            if sequence.request.id == number:
+                scheduler.drop(sequence)
+                self._forget_image(sequence.request)
+                return True
+        return False
+
+    def written(self) -> Iterator[tuple[int, list[int]]]:
+        """The requests that have begun, each with its new tokens so far."""
+        for sequence in self.scheduler.running:
+            if sequence.num_new_tokens:
+                yield sequence.request.id, sequence.output
+
     @torch.inference_mode()
     def step(self) -> list[Finished]:
         """Advance everything by one step; returns what ended in it."""
+        if self.ahead is not None:
+            return self._step_ahead(self.ahead)
         self._encode_ahead()
         step = self.scheduler.schedule(self._is_encoded)
         if not step.chunks:
             return []
         self._add_drafts(step)
-        if self.bursts is not None and (count := self.bursts.length(step.chunks, self.scheduler)):
-            return self._run_burst(self.bursts, step, count)
         start = time.perf_counter()
         self.runner.copy(step.copies)
         embeddings = [self._embeddings(chunk.sequence) for chunk in step.chunks]
@@ -162,27 +197,60 @@ class Engine:
         self.counters.sequence_steps += len(wanting)
         return finished
 
-    def _run_burst(self, bursts: DecodeBursts, step: Step, count: int) -> list[Finished]:
-        """`count` tokens for every sequence of a step that only decodes. Those after an end are thrown away."""
-        start = time.perf_counter()
-        self.runner.copy(step.copies)
-        sequences = [chunk.sequence for chunk in step.chunks]
-        new = bursts.run(sequences, count)
-        self.runner.copy(self.scheduler.advance(step))
+    def _step_ahead(self, ahead: Ahead) -> list[Finished]:
+        """Launch the next step or burst, then read the tokens of the one before. See vila2.engine.overlap."""
         finished = []
-        for sequence, tokens in zip(sequences, new, strict=True):
-            for place, token in enumerate(tokens):
-                sequence.num_computed += place > 0
-                self.counters.new_tokens += 1
-                if end := self._append(sequence, token):
-                    finished.append(end)
-                    break
-            else:
-                self.speculator.learn(sequence, 0, 0, count)
+        if self.scheduler.is_short():
+            finished = self._land(
+                ahead, 0
+            )  # who is preempted gives up its tokens' cache, so they must be known
+        self._encode_ahead()
+        step = self.scheduler.schedule(self._is_encoded)
+        start = time.perf_counter()
+        if step.chunks:
+            rows = sum(chunk.num_rows for chunk in step.chunks)
+            embeddings = [self._embeddings(chunk.sequence) for chunk in step.chunks]
+            try:
+                count = ahead.launch(step, self.scheduler, embeddings)
+            except torch.OutOfMemoryError:
+                if not self._retreat(step):
+                    raise self.runner.out_of_memory(f"computing {rows} tokens") from None
+                return finished + self._land(ahead, 0)
+            self.counters.steps += count
+            self.counters.computed_tokens += count * rows
+        finished += self._land(ahead, 1 if step.chunks and self.limits.overlap else 0)
         self.counters.language_s += time.perf_counter() - start
-        self.counters.steps += count
-        self.counters.computed_tokens += count * len(sequences)
-        self.counters.sequence_steps += count * len(sequences)
+        return finished
+
+    def _retreat(self, step: Step) -> bool:
+        """Memory has run out in a step: its prefills begin again later, in smaller batches. False: none are smaller."""
+        least = self.limits.max_num_seqs + 1
+        prefills = [chunk.sequence for chunk in step.chunks if not chunk.sequence.is_decoding]
+        if not prefills or self.scheduler.max_batch_tokens <= least:
+            return False
+        for sequence in reversed(prefills):
+            self.scheduler.preempt(sequence)
+        self.scheduler.max_batch_tokens = max(self.scheduler.max_batch_tokens // 2, least)
+        self.counters.retreats += 1
+        self.runner.clear_memory()
+        return True
+
+    def _land(self, ahead: Ahead, num_left: int) -> list[Finished]:
+        """Read the tokens of all launches but the last `num_left`. Those after an end are thrown away."""
+        finished = []
+        while len(ahead.flights) > num_left:
+            flight = ahead.flights.popleft()
+            for sequence, tokens in zip(flight.sequences, flight.tokens(), strict=True):
+                self.counters.sequence_steps += flight.count
+                sequence.num_pending -= flight.count
+                for token, repeated in tokens:
+                    if sequence.is_done:
+                        break
+                    self.counters.new_tokens += 1
+                    if end := self._append(
+                        sequence, token, None if ahead.slots.leaves_loops(sequence) else repeated
+                    ):
+                        finished.append(end)
         return finished
 
     # Drafts
@@ -271,7 +339,15 @@ class Engine:
             return
         start = time.perf_counter()
         images = [image for request in lacking.values() for image in request.images]
-        rows = iter(self.runner.encode(images))
+        try:
+            rows = iter(self.runner.encode(images))
+        except torch.OutOfMemoryError:
+            if len(lacking) == 1:
+                raise self.runner.out_of_memory(f"encoding an image of {num_tiles} tiles") from None
+            self.limits = replace(self.limits, vision_batch=max(1, num_tiles // 2))
+            self.counters.retreats += 1
+            self.runner.clear_memory()
+            return
         for key, request in lacking.items():
             self._encoded[key].embeddings = [next(rows) for _ in request.images]
         self.counters.images_encoded += len(images)
@@ -313,8 +389,8 @@ class Engine:
             self.speculator.learn(sequence, len(chunk.draft), num_right, num_added)
         return finished
 
-    def _append(self, sequence: Sequence, token: int) -> Finished | None:
-        """Add a sampled token; the end of the sequence if this was it."""
+    def _append(self, sequence: Sequence, token: int, repeated: int | None = None) -> Finished | None:
+        """Add a sampled token; the end of the sequence if this was it. `repeated`: by how far it loops, if known."""
         sampling = sequence.request.sampling
         if token in self.eos_ids and not sampling.ignore_eos:
             return self._finish(sequence, FinishReason.STOP, sequence.output)
@@ -327,8 +403,9 @@ class Engine:
         ):
             return self._finish(sequence, FinishReason.STOP, output)
         if sampling.repetition and sequence.loop_runs is not None:
-            update_runs(sequence.loop_runs, output)
-            repeated = find_loop(sequence.loop_runs, sampling.repetition)
+            if repeated is None:
+                update_runs(sequence.loop_runs, output)
+                repeated = find_loop(sequence.loop_runs, sampling.repetition)
             if repeated:
                 self.counters.loops_cut += 1
                 return self._finish(sequence, FinishReason.REPETITION, output[: len(output) - repeated])

@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vila2.engine.blocks import BlockCopy
+from vila2.engine.gpu_memory import out_of_memory
 from vila2.engine.sampler import best_tokens
 from vila2.engine.scheduler import Chunk
 from vila2.engine.vision_stream import VisionStream
+from vila2.errors import UsageError
 from vila2.model.images import PreparedImage
 from vila2.model.vlm import VisionLanguageModel
-from vila2.ops.attention import paged_attention, rope_store
+from vila2.ops.attention import SharedPrefixes, paged_attention, rope_store
 
 
 @dataclass(slots=True)
@@ -31,6 +33,7 @@ class PagedAttend:
     sin: Tensor
     scale: float
     longest: int | None = None  # the most rows of one sequence, where the host knows it
+    shared: SharedPrefixes | None = None  # in a step of decoding: who reads the same blocks
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache[layer].unbind(0)
@@ -44,6 +47,7 @@ class PagedAttend:
             self.context_lens,
             self.scale,
             self.longest,
+            self.shared,
         )
 
 
@@ -76,18 +80,29 @@ class ModelRunner:
             ]
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk], embeddings: list[list[Tensor]]) -> Tensor:
+    def run(
+        self, chunks: list[Chunk], embeddings: list[list[Tensor]], newest: Tensor | None = None
+    ) -> Tensor:
         """Compute the chunks. `embeddings[i]` holds the visual tokens of each image of chunk i.
 
-        Returns the final hidden states (n, hidden) of the last `num_logits` rows of each chunk, in order.
+        With `newest`, a decoding sequence's newest token is read there on the device, at the sequence's slot, and the
+        host waits for nothing. Returns the final hidden states (n, hidden) of the last
+        `num_logits` rows of each chunk.
         """
-        hidden = self._embed(chunks, embeddings)
+        hidden = self._embed(chunks, embeddings, newest)
         hidden = self.model.decoder(hidden, self._attend(chunks))
         ends = np.cumsum([chunk.num_rows for chunk in chunks]).tolist()
         rows = [
             row for end, chunk in zip(ends, chunks, strict=True) for row in range(end - chunk.num_logits, end)
         ]
-        return hidden if len(rows) == len(hidden) else hidden[rows]
+        return hidden if len(rows) == len(hidden) else hidden[self.upload(np.array(rows, dtype=np.int64))]
+
+    def upload(self, array: NDArray[Any]) -> Tensor:
+        """The array on the device, for launches from here on; the host does not wait for the copy."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()  # torch keeps such memory until the copy is through
+        return tensor.to(self.device, non_blocking=True)
 
     @torch.inference_mode()
     def probe(self, rows: int, block: int, context: int) -> None:
@@ -103,14 +118,34 @@ class ModelRunner:
         )
         best_tokens(self.model.decoder, self.model.decoder(hidden, attend))
 
-    def _embed(self, chunks: list[Chunk], embeddings: list[list[Tensor]]) -> Tensor:
+    def clear_memory(self) -> None:
+        """Give back what torch keeps for later."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def out_of_memory(self, doing: str) -> UsageError:
+        """What to tell the user when the device's memory ends while `doing` something that cannot be made smaller."""
+        free, total = torch.cuda.mem_get_info()
+        return out_of_memory(doing, free=free, total=total)
+
+    def _embed(self, chunks: list[Chunk], embeddings: list[list[Tensor]], newest: Tensor | None) -> Tensor:
         self.vision.join()
         ids: list[int] = []
+        late: list[int] = []
+        slots: list[int] = []
         for chunk in chunks:
+            if newest is not None and chunk.sequence.is_decoding:
+                late.append(len(ids))
+                slots.append(chunk.sequence.slot)
+                ids.append(0)
+                continue
             start = chunk.sequence.num_computed
             ids += chunk.sequence.tokens[start : start + chunk.num_tokens]
             ids += chunk.draft
-        token_ids = torch.tensor(ids, dtype=torch.int64, device=self.device)
+        token_ids = self.upload(np.array(ids, dtype=np.int64))
+        if newest is not None and late:
+            at, of = self.upload(np.array([late, slots], dtype=np.int64))
+            token_ids[at] = newest[of]
         hidden = self.model.decoder.embed(token_ids.clamp_min(0))
         row = 0
         for chunk, visual in zip(chunks, embeddings, strict=True):
@@ -151,16 +186,13 @@ class ModelRunner:
         starts: NDArray[Any],
         contexts: NDArray[Any],
     ) -> PagedAttend:
-        def tensor(array: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(array).to(self.device)
-
         return PagedAttend(
             self.cache,
-            tensor(positions),
-            tensor(slots),
-            tensor(tables),
-            tensor(starts),
-            tensor(contexts),
+            self.upload(positions),
+            self.upload(slots),
+            self.upload(tables),
+            self.upload(starts),
+            self.upload(contexts),
             self.model.decoder.cos,
             self.model.decoder.sin,
             self.scale,

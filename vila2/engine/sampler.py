@@ -7,8 +7,11 @@ draw there: output is the same with and without a draft, sampled or greedy.
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vila2.engine.scheduler import Chunk
@@ -19,6 +22,7 @@ from vila2.types import SamplingParams
 
 _MASK = (1 << 64) - 1
 _HEAD = 512  # tokens
+_BELOW_ONE = np.float32(1 - 2**-24)  # the largest float32 below 1: a draw must not round to 1
 
 
 def uniform(key: int, step: int) -> float:
@@ -176,3 +180,27 @@ def _draw(probabilities: Tensor, indices: Tensor, sequence: Sequence, ahead: int
     target = uniform(sequence.request.rng_key, sequence.num_new_tokens + ahead) * float(cumulative[kept - 1])
     choice = int(torch.searchsorted(cumulative[:kept], target, right=True))
     return int(indices[min(choice, kept - 1)])
+
+
+def device_choice(sequences: Seq[Sequence], count: int) -> dict[str, NDArray[Any]]:
+    """How the device shall choose the next `count` tokens of each sequence: arguments of `vila2.ops.sampling.sample`.
+
+    `draws` and `is_banned` are (count, sequences): they differ from token to token.
+    """
+    samplings = [sequence.request.sampling for sequence in sequences]
+    draws = np.zeros((count, len(sequences)), dtype=np.float32)
+    for row, sequence in enumerate(sequences):
+        if samplings[row].temperature > 0:
+            key, first = sequence.request.rng_key, sequence.num_new_tokens
+            numbers = np.array([uniform(key, first + step) for step in range(count)], dtype=np.float32)
+            draws[:, row] = np.minimum(numbers, _BELOW_ONE)
+    places = np.arange(count)[:, None] + np.array([sequence.num_new_tokens for sequence in sequences])
+    early = places < np.array([sampling.min_new_tokens for sampling in samplings])
+    ignored = np.array([sampling.ignore_eos for sampling in samplings])
+    return {
+        "temperature": np.array([sampling.temperature for sampling in samplings], dtype=np.float32),
+        "top_k": np.array([sampling.top_k for sampling in samplings], dtype=np.int32),
+        "top_p": np.array([sampling.top_p for sampling in samplings], dtype=np.float32),
+        "draws": draws,
+        "is_banned": (early | ignored).astype(np.int8),
+    }

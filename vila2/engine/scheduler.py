@@ -35,7 +35,7 @@ class Chunk:
     @property
     def wants_logits(self) -> bool:
         """The chunk reaches the newest token, so a token can be sampled after it."""
-        return self.sequence.num_computed + self.num_tokens == len(self.sequence.tokens)
+        return self.sequence.num_computed + self.num_tokens == self.sequence.num_tokens
 
 
 @dataclass(slots=True)
@@ -76,19 +76,29 @@ class Scheduler:
     def schedule(self, is_ready: Callable[[Sequence], bool] = lambda sequence: True) -> Step:
         """The next step. A waiting sequence is admitted only if `is_ready` (its images are encoded)."""
         step = Step()
-        num_decoding = sum(sequence.is_decoding for sequence in self.running)
+        num_decoding = sum(sequence.is_decoding and not sequence.is_closing for sequence in self.running)
         prefill_budget = self.max_batch_tokens - num_decoding
         position = 0
         while position < len(self.running):  # preemption takes sequences off the end while we walk
             sequence = self.running[position]
-            remaining = len(sequence.tokens) - sequence.num_computed
+            remaining = sequence.num_tokens - sequence.num_computed
             count = 1 if sequence.is_decoding else min(remaining, prefill_budget)
-            if count and self._grow(sequence, count):
+            if count and not sequence.is_closing and self._grow(sequence, count):
                 step.chunks.append(Chunk(sequence, count))
                 prefill_budget -= 0 if sequence.is_decoding else count
             position += 1
         self._admit(step, prefill_budget, is_ready)
         return step
+
+    def is_short(self) -> bool:
+        """Whether the next step may have to preempt somebody: then no token may be pending when it is scheduled."""
+        needed = 0
+        for sequence in self.running:
+            if not sequence.is_closing:
+                count = min(sequence.num_tokens - sequence.num_computed, self.max_batch_tokens)
+                blocks = self.pool.blocks_for(sequence.num_computed + count)
+                needed += max(0, blocks - len(sequence.blocks))
+        return needed > self.pool.num_free
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
         """Give a running sequence blocks for `count` more tokens, at others' expense; False if it lost its own."""
@@ -99,13 +109,14 @@ class Scheduler:
             self.prefixes.evict(needed)
         while self.pool.num_free < needed:
             victim = self.running[-1]
-            self._preempt(victim)
+            self.preempt(victim)
             if victim is sequence:
                 return False
         sequence.blocks += self.pool.allocate(needed)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks; it waits, before all others, to be computed again."""
         self.running.remove(sequence)
         self._release(sequence)
         sequence.num_preemptions += 1
@@ -119,6 +130,7 @@ class Scheduler:
         self.pool.release(sequence.blocks)
         sequence.blocks = []
         sequence.num_computed = 0
+        sequence.slot = -1
 
     def _admit(self, step: Step, budget: int, is_ready: Callable[[Sequence], bool]) -> None:
         deferred: list[Sequence] = []
@@ -209,3 +221,11 @@ class Scheduler:
         """Take a running sequence out and free its blocks."""
         self.running.remove(sequence)
         self._release(sequence)
+        sequence.is_done = True
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take a sequence out, waiting or running, and free its blocks."""
+        if sequence in self.running:
+            self.finish(sequence)
+        else:
+            self.waiting.remove(sequence)  # it holds nothing: whoever waits has no blocks, or has lost them

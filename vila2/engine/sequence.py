@@ -78,14 +78,25 @@ class Sequence:
     loop_runs: NDArray[np.int32] | None = None  # see repetition.py
     num_preemptions: int = 0
     draft: Draft | None = None
+    # Where the device runs ahead of the host (see overlap.py):
+    num_pending: int = 0  # tokens that it has sampled or will have, and nobody has read
+    is_closing: bool = False  # the last token that there is room for is among those
+    is_done: bool = False
+    slot: int = -1  # its place in the device's tables
 
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.token_ids)
 
     @property
+    def num_tokens(self) -> int:
+        """All tokens, those included that nobody has read yet."""
+        return len(self.tokens) + self.num_pending
+
+    @property
     def num_new_tokens(self) -> int:
-        return len(self.tokens) - self.num_prompt_tokens
+        """Those of `num_tokens` that the prompt has not."""
+        return self.num_tokens - self.num_prompt_tokens
 
     @property
     def output(self) -> list[int]:
@@ -94,7 +105,7 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """All but the newest token are computed."""
-        return self.num_computed == len(self.tokens) - 1 and self.num_new_tokens > 0
+        return self.num_computed == self.num_tokens - 1 and self.num_new_tokens > 0
 
 
 def start_sequence(request: EngineRequest, word_starts: Set[int] = frozenset()) -> Sequence:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 from vila2.backends import Captioner
 from vila2.errors import UsageError, VilaError
@@ -16,7 +17,7 @@ from vila2.evaluate import metrics, parse
 from vila2.evaluate.evaluation import Estimate, Evaluation, Record, estimate
 from vila2.evaluate.tasks import CAPTIONS, METRICS, expand_tasks, score_answer, score_caption, task_of
 from vila2.types import Caption, CaptionRequest, FinishReason, RepetitionRule, SamplingParams
-from vila2.world import SPLITS, STYLES, Lexicon, Scene, World, WorldSettings, texts
+from vila2.world import SPLITS, STYLES, Lexicon, Scene, World, WorldSettings, read_lexicon, texts
 from vila2.world.texts import Question
 
 MAX_ANSWER_TOKENS = 32
@@ -42,6 +43,8 @@ def evaluate(
     style: str = "fluent",
     scenes: int = 500,
     objects: tuple[int, int] | None = None,
+    themes: Sequence[str] = (),
+    sign_words: int | None = None,
     seed: int = 0,
     limit: int | None = None,
     image_size: int | None = None,
@@ -56,7 +59,8 @@ def evaluate(
     """Evaluate a checkpoint on the first `scenes` scenes of a split, drawn in a style and at the checkpoint's own size.
 
     `tasks` are names of `vila2.evaluate.tasks` (TASKS and GROUPS); `objects` (fewest, most) passes over scenes with
-    another number of objects, repeats of a name counted; `limit` is the most questions a scene gets;
+    another number of objects, repeats of a name counted; `themes` and `sign_words` bound the world's names and the
+    words of its signs; `limit` is the most questions a scene gets;
     `max_new_tokens` bounds a caption. `captioner`, if given, answers instead of the checkpoint, and stays open.
     UsageError for a name that does not exist, VilaError if a question cannot be asked (the model's context is short).
     """
@@ -73,7 +77,8 @@ def evaluate(
     opened = captioner or _open(checkpoint, device, precision, batch_size, threads, max_new_tokens)
     try:
         size = image_size or _native_size(opened)
-        world = World(WorldSettings(image_size=size, seed=seed, style=style))
+        words: dict[str, Any] = {} if sign_words is None else {"sign_words": sign_words}
+        world = World(WorldSettings(image_size=size, seed=seed, style=style, themes=tuple(themes), **words))
         started = time.perf_counter()
         run = _Run(opened, world, wanted, limit, max_new_tokens)
         every = (world.scene(split, index) for index in count())
@@ -89,6 +94,8 @@ def evaluate(
         "style": style,
         "scenes": scenes,
         "objects": f"{fewest}-{most}",
+        **({"themes": list(themes)} if themes else {}),
+        **words,
         "seed": seed,
         "limit": limit,
         "image_size": size,
@@ -145,7 +152,7 @@ class _Run:
         answered: list[tuple[int, Record]] = []
         for caption in self.captioner.caption(self._requests(scenes)):
             asked = self.under_way.pop(caption.id)
-            answered.append((asked.order, _record(asked, caption, self.world.lexicon)))
+            answered.append((asked.order, _record(asked, caption, read_lexicon())))
             self.left[asked.scene.index] -= 1
             if not self.left[asked.scene.index]:
                 del self.left[asked.scene.index]

@@ -28,7 +28,10 @@ def scene_of(truth: dict[str, Any]) -> Scene:
     things = [Object(**{**thing, "box": tuple(thing["box"])}) for thing in truth["objects"]]
     sign = truth["sign"] and Sign(**{**truth["sign"], "box": tuple(truth["sign"]["box"])})
     backdrop = Background("scenery", truth["background"])  # its phrase is then the recorded one
-    return Scene(truth["seed"], truth["split"], truth["index"], truth["style"], tuple(things), sign, backdrop)
+    themes = tuple(truth.get("themes", ()))
+    return Scene(
+        truth["seed"], truth["split"], truth["index"], truth["style"], tuple(things), sign, backdrop, themes
+    )
 
 
 def _parse(data: bytes, where: str) -> Scene:

@@ -85,8 +85,10 @@ class DecoderLayer(nn.Module):
         self.down = Linear(inner, hidden, bias=config.mlp_bias)
         self.config = config
 
-    def forward(self, hidden: Tensor, residual: Tensor, attend: Attend, index: int) -> tuple[Tensor, Tensor]:
-        """The block's output and the residual that it is to be added to; consumes `residual`."""
+    def forward(
+        self, hidden: Tensor, residual: Tensor, attend: Attend, index: int, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The block's output and the residual to add it to, of all rows or of `rows`; consumes `residual`."""
         config = self.config
         normed, residual = self.attn_norm(hidden, residual)
         q, k, v = self.qkv(normed).split((config.q_size, config.kv_size, config.kv_size), dim=-1)
@@ -96,6 +98,8 @@ class DecoderLayer(nn.Module):
             k.unflatten(-1, (config.num_kv_heads, config.head_dim)),
             v.unflatten(-1, (config.num_kv_heads, config.head_dim)),
         )
+        if rows is not None:
+            mixed, residual = mixed.index_select(0, rows), residual.index_select(0, rows)
         normed, residual = self.mlp_norm(self.o(mixed), residual)
         return self.down(silu_mul(self.gate_up(normed))), residual
 
@@ -142,15 +146,17 @@ class Decoder(nn.Module):
         """Embeddings of `token_ids` (T,), to (T, hidden), in the type of the norms' weights."""
         return self.embed_tokens(token_ids).to(self.norm.weight.dtype)
 
-    def forward(self, embeddings: Tensor, attend: Attend) -> Tensor:
+    def forward(self, embeddings: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """Final-normed hidden states (T, hidden) of `embeddings` (T, hidden), which are left as they were.
 
         `attend(layer, q (T, H, D), k (T, KVH, D), v (T, KVH, D))` returns (T, H * D); q, k and v are views
-        into one tensor and not yet rotated.
+        into one tensor and not yet rotated. `rows` (n,) int64: only these come out, (n, hidden), and past its
+        attention the last layer works on them alone.
         """
         hidden, residual = embeddings, torch.zeros_like(embeddings)  # the ops may write into the residual
+        last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            hidden, residual = layer(hidden, residual, attend, index)
+            hidden, residual = layer(hidden, residual, attend, index, rows if index == last else None)
         return self.norm(hidden, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ class ByteDecoderLayer(nn.Module):
         self.mlp_norm, self.gate_up, self.down = layer.mlp_norm, layer.gate_up, layer.down
         self.config = layer.config
 
-    def forward(self, hidden: Tensor, residual: Tensor, attend: Attend, index: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, residual: Tensor, attend: Attend, index: int, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `DecoderLayer.forward`."""
         config, norm = self.config, self.attn_norm
         qkv, residual = add_rms_norm_byte_linear(hidden, residual, norm.weight, norm.eps, _bytes(self.qkv))
@@ -42,6 +44,8 @@ class ByteDecoderLayer(nn.Module):
             k.view(-1, config.num_kv_heads, config.head_dim),
             v.view(-1, config.num_kv_heads, config.head_dim),
         )
+        if rows is not None:
+            mixed, residual = mixed.index_select(0, rows), residual.index_select(0, rows)
         norm = self.mlp_norm
         gated, residual = add_rms_norm_byte_linear(
             self.o(mixed), residual, norm.weight, norm.eps, _bytes(self.gate_up), "silu_mul"

@@ -1,4 +1,4 @@
-"""Matrix products with weights packed for the CPU.
+"""Matrix products with packed weights: for the CPU here, in few bits for either device in the modules beside.
 
 A packed product is batch-invariant: row i of the output depends only on row i of the input, bit for bit, whatever
 the number of rows or threads. That is what makes a caption independent of the batch it sat in.
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vila2.ops.fp8 import Fp8Weight, fp8_linear
+from vila2.ops.int4 import Int4Weight, int4_linear
 from vila2.ops.native import native
 from vila2.ops.quant import PackedBytes, byte_linear
 
@@ -86,16 +88,20 @@ def linear(x: Tensor, weights: "PackedWeights") -> Tensor:
 class Linear(nn.Linear):
     """`nn.Linear` that can be switched to packed weights (see `set_packed`); until then it is `nn.Linear`."""
 
-    packed: "PackedWeights | PackedBytes | None" = None
+    packed: "PackedWeights | PackedBytes | Fp8Weight | Int4Weight | None" = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
             return functional.linear(x, self.weight, self.bias)
         if isinstance(self.packed, PackedBytes):
             return byte_linear(x, self.packed)
+        if isinstance(self.packed, Fp8Weight):
+            return fp8_linear(x, self.packed)
+        if isinstance(self.packed, Int4Weight):
+            return int4_linear(x, self.packed)
         return linear(x, self.packed)
 
-    def set_packed(self, packed: "PackedWeights | PackedBytes") -> None:
+    def set_packed(self, packed: "PackedWeights | PackedBytes | Fp8Weight | Int4Weight") -> None:
         """Multiply with `packed` from now on. `weight` and `bias` become None, which frees their memory unless
         something else (a tied embedding) holds it.
         """

@@ -59,34 +59,40 @@ def sample(
 
 
 def append_reference(
-    tokens: Tensor, history: Tensor, lengths: Tensor, runs: Tensor, min_repeats: Tensor, min_tokens: Tensor
+    tokens: Tensor, slots: Tensor, history: Tensor, lengths: Tensor, runs: Tensor, rules: Tensor
 ) -> Tensor:
-    """Append `tokens` (S,) to `history` (S, room) int32 at `lengths` (S,) int32, and say which rows have made a loop.
+    """Append `tokens` (S,) to the histories of the sequences `slots` (S,) int64, and say which have made a loop.
 
-    `runs` (S, max_period) int32 counts, for each period, the newest tokens that equal the one a period before them
-    (see vila2.engine.repetition). A row whose `min_repeats` (S,) is 0 has no rule. Writes into history, lengths and
-    runs; returns how many tokens at the end repeat what came before, (S,) int32, 0 where they make no loop.
+    `history` (N, room), `lengths` (N,) and `runs` (N, max_period), all int32, hold N sequences; `runs` counts, for each
+    period, the newest tokens that equal the one a period before them (see vila2.engine.repetition). A row of `rules`
+    (S, 3) int32 holds min_repeats (0: no rule), min_tokens and the longest period. Slots below 0 are skipped; no other
+    comes twice. Writes into history, lengths and runs; returns how many tokens at the end repeat what came before,
+    (S,) int32, 0 where they make no loop.
     """
+    repeated = torch.zeros(len(tokens), dtype=torch.int32, device=tokens.device)
+    here = (slots >= 0).nonzero().flatten()
+    at, new = slots[here], tokens[here].to(history.dtype)
+    min_repeats, min_tokens, longest = rules[here].unbind(1)
     periods = torch.arange(1, runs.shape[1] + 1, device=tokens.device)
-    rows = torch.arange(len(tokens), device=tokens.device)
-    earlier = lengths.long()[:, None] - periods
-    before = history.gather(1, earlier.clamp(min=0))
-    same = (earlier >= 0) & (before == tokens[:, None])
-    runs.copy_(torch.where(same, runs + 1, 0))
-    history[rows, lengths.long()] = tokens.to(history.dtype)
-    lengths += 1
+    earlier = lengths[at].long()[:, None] - periods
+    before = history[at].gather(1, earlier.clamp(min=0))
+    same = (earlier >= 0) & (before == new[:, None])
+    runs[at] = torch.where(same, runs[at] + 1, 0)
+    history[at, lengths[at].long()] = new
+    lengths[at] += 1
     needed = torch.maximum(periods * (min_repeats[:, None] - 1), (min_tokens[:, None] - periods).clamp(min=1))
-    loops = (runs >= needed) & (min_repeats > 0)[:, None]
+    loops = (runs[at] >= needed) & (min_repeats > 0)[:, None] & (periods <= longest[:, None])
     first = loops.int().argmax(1)
-    return torch.where(loops.any(1), runs[rows, first], 0).int()
+    repeated[here] = torch.where(loops.any(1), runs[at, first], 0)
+    return repeated
 
 
 def append_tokens(
-    tokens: Tensor, history: Tensor, lengths: Tensor, runs: Tensor, min_repeats: Tensor, min_tokens: Tensor
+    tokens: Tensor, slots: Tensor, history: Tensor, lengths: Tensor, runs: Tensor, rules: Tensor
 ) -> Tensor:
     """The same by the fastest path."""
     if is_triton(tokens):
         from vila2.kernels.repetition import append_tokens_triton
 
-        return append_tokens_triton(tokens, history, lengths, runs, min_repeats, min_tokens)
-    return append_reference(tokens, history, lengths, runs, min_repeats, min_tokens)
+        return append_tokens_triton(tokens, slots, history, lengths, runs, rules)
+    return append_reference(tokens, slots, history, lengths, runs, rules)

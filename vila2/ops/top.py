@@ -4,11 +4,17 @@
 of 49,152 are 12 MB, written and read again. The values are those of the product to the last bit.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from vila2.ops.linear import Linear
+from vila2.ops.native import native
 from vila2.ops.quant import PackedBytes
+
+if TYPE_CHECKING:
+    from vila2._C import ByteWeights, PackedWeights
 
 MOST_TOP = 128  # columns of a row that `_C` keeps
 
@@ -29,21 +35,23 @@ def top_reference(logits: Tensor, count: int, banned: Tensor, is_banned: Tensor)
 
 def finds_top(linear: Linear) -> bool:
     """Whether `linear_top` has a way of its own for these weights, and not only the reference."""
+    return _handle(linear) is not None
+
+
+def _handle(linear: Linear) -> "PackedWeights | ByteWeights | None":
     packed = linear.packed
-    return packed is not None and not (
-        isinstance(packed, PackedBytes) and (packed.native is None or packed.is_gated)
-    )
+    if isinstance(packed, PackedBytes):
+        return None if packed.is_gated else packed.native
+    return packed if native is not None and isinstance(packed, native.PackedWeights) else None
 
 
 def linear_top(
     x: Tensor, linear: Linear, count: int, banned: Tensor, is_banned: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`top_reference(linear(x), ...)` of `x` (rows, depth). ValueError if `count` passes the columns, or MOST_TOP."""
-    packed = linear.packed
-    if packed is None or not finds_top(linear):
+    handle = _handle(linear)
+    if handle is None:
         return top_reference(linear(x), count, banned, is_banned)
-    handle = packed.native if isinstance(packed, PackedBytes) else packed
-    assert handle is not None
     values = torch.empty(len(x), count)
     columns = torch.empty(len(x), count, dtype=torch.int64)
     handle.top(x.float().contiguous(), banned, is_banned, values, columns)

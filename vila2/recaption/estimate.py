@@ -38,18 +38,24 @@ class Estimate:
     tokens_per_s: float
     seconds: float
     disk_bytes: int
+    processes: int = 1  # that share the work; one of them was probed
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def estimate(settings: RecaptionSettings, *, open_model: OpenModel = open_captioner) -> Estimate:
-    """Count and probe. Writes nothing into the output folder. Raises as `run` does."""
+def estimate(
+    settings: RecaptionSettings, *, open_model: OpenModel = open_captioner, processes: int = 1
+) -> Estimate:
+    """Count and probe. Writes nothing into the output folder. Raises as `run` does.
+
+    `processes` will share the work, each as fast as the one that is probed.
+    """
     prompts = choose_prompts(settings)
     source = open_samples(settings, keep_index=False)
     plan = Plan(source, settings, prompts.names, DoneSet.load(Path(settings.out).expanduser()))
     if not plan.num_pending:
-        return Estimate(plan.num_samples, 0, len(prompts.names), 0, 0.0, 0, 0.0, 0.0, 0.0, 0)
+        return Estimate(plan.num_samples, 0, len(prompts.names), 0, 0.0, 0, 0.0, 0.0, 0.0, 0, processes)
     drafts = open_drafts(settings, prompts)
     outcomes: list[Outcome] = []
     captioner = open_model(settings)
@@ -85,6 +91,7 @@ def estimate(settings: RecaptionSettings, *, open_model: OpenModel = open_captio
         errors=tally.errors,
         captions_per_s=tally.captions / seconds,
         tokens_per_s=tally.tokens / seconds,
-        seconds=seconds * scale,
+        seconds=seconds * scale / processes,
         disk_bytes=int(row_bytes * scale),
+        processes=processes,
     )

@@ -54,6 +54,17 @@ def discard_index(settings: RecaptionSettings) -> None:
             out.rmdir()
 
 
+def write_summary(settings: RecaptionSettings, summary: dict[str, Any]) -> None:
+    """`summary.json`, or one file a rank where there are several. Raises OutputError."""
+    rank, world = settings.rank, settings.world_size
+    name = "summary.json" if world == 1 else f"summary-{rank:05d}-of-{world:05d}.json"
+    path = Path(settings.out).expanduser() / name
+    try:
+        atomic_write(path, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 def make_manifest(
     settings: RecaptionSettings, source: Source, model_digest: str, prompts: PromptSet
 ) -> Manifest:
@@ -179,14 +190,8 @@ class Output:
         self._replace()
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """`summary.json`, or one file a rank where there are several. Raises OutputError."""
-        rank, world = self.settings.rank, self.settings.world_size
-        name = "summary.json" if world == 1 else f"summary-{rank:05d}-of-{world:05d}.json"
-        path = self.folder / name
-        try:
-            atomic_write(path, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
-        except OSError as error:
-            raise write_error(path, error) from error
+        """See the function of this name. Raises OutputError."""
+        write_summary(self.settings, summary)
 
     def _tidy(self) -> None:
         """Remove what killed runs left half-written beside the parts (those are the writer's). Alone here: safe."""

@@ -18,7 +18,7 @@ from vila2.recaption.interrupt import Interrupts
 from vila2.recaption.output import Output, discard_index, open_samples
 from vila2.recaption.prompts import PromptSet, choose_prompts
 from vila2.recaption.stats import DraftUse, Progress, RunSummary, Stages, rates_of
-from vila2.recaption.work import Plan, default_decode_workers, make_loader
+from vila2.recaption.work import Cut, Plan, default_decode_workers, make_loader
 
 OBSERVE_EVERY_S = 0.1
 HUNGRY = 0.3  # a captioner that outruns its images finds none at every second pull; one that is full, at hardly any
@@ -33,10 +33,12 @@ def run(
     observe: Observe | None = None,
     interrupts: Interrupts | None = None,
     open_model: OpenModel = open_captioner,
+    cut: Cut | None = None,
 ) -> RunSummary:
     """Caption what is not captioned yet, and leave `summary.json`.
 
-    `observe` is called some times a second, in this thread.
+    `observe` is called at the start, some times a second, and at the end, in this thread. With `cut` this is one
+    process of several, whose supervisor has listed the source and writes the summary (vila2.recaption.processes).
     Raises UsageError, SourceError, CheckpointError or OutputError.
     """
     stages = Stages()
@@ -49,13 +51,17 @@ def run(
         with stages("load_model"):
             captioner = open_model(settings)
         with Output(settings, source, captioner, prompts) as output:
-            plan = Plan(source, settings, prompts.names, output.done, output.redo)
+            plan = Plan(source, settings, prompts.names, output.done, output.redo, cut)
             one = _Run(
                 settings, captioner, prompts, drafts, output, stages, observe, interrupts or Interrupts()
             )
-            return one.execute(plan)
+            summary = one.execute(plan)
+            if cut is None:
+                output.write_summary(summary.to_json())
+            return summary
     except BaseException:
-        discard_index(settings)
+        if cut is None:
+            discard_index(settings)
         raise
     finally:
         if captioner is not None:
@@ -98,6 +104,7 @@ class _Run:
             tick=self._tick,
             stop_requested=lambda: self.interrupts.requested,
         )
+        self._observe()
         try:
             self._caption()
         except (OutputError, KeyboardInterrupt):
@@ -108,6 +115,7 @@ class _Run:
         finally:
             self.feed.close()
         self._commit()
+        self._observe()
         return self._finish()
 
     def _caption(self) -> None:
@@ -135,8 +143,12 @@ class _Run:
         now = time.monotonic()
         if now - self.committed >= self.settings.commit_seconds:
             self._commit()
-        if self.observe is not None and now - self.observed >= OBSERVE_EVERY_S:
+        if now - self.observed >= OBSERVE_EVERY_S:
             self.observed = now
+            self._observe()
+
+    def _observe(self) -> None:
+        if self.observe is not None:
             self.observe(self._progress())
 
     def _progress(self) -> Progress:
@@ -173,7 +185,7 @@ class _Run:
         for name, value in stats.items():
             if name.endswith("_s"):
                 self.stages.add(name.removesuffix("_s"), value)
-        summary = RunSummary(
+        return RunSummary(
             out=settings.out,
             source=settings.source,
             model=self.captioner.model_name,
@@ -200,5 +212,3 @@ class _Run:
             stage_s=dict(self.stages.seconds),
             captioner={name: value for name, value in stats.items() if not name.endswith("_s")},
         )
-        self.output.write_summary(summary.to_json())
-        return summary

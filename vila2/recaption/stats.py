@@ -99,6 +99,8 @@ class RunSummary:
     drafts: DraftUse
     stage_s: dict[str, float]  # decode_images is summed over its threads, the rest is wall time
     captioner: dict[str, float]
+    devices: list[str] = field(default_factory=list)  # of --devices
+    restarts: int = 0  # of processes that died
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

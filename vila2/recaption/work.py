@@ -3,8 +3,9 @@
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,21 @@ from vila2.recaption.feed import Job, Loaded
 from vila2.types import SampleError
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What one of several processes on a machine works on: samples `first` to `stop` of the machine's share.
+
+    The process has a rank of its own in its settings, for its lock and its parts; `rank` of `world_size` here is the
+    machine's, which says whose share is cut.
+    """
+
+    first: int
+    stop: int
+    rank: int = 0
+    world_size: int = 1
+    num_pending: int = 0  # samples that lack a prompt, when the cut was made
+
+
 class Plan:
     """The samples of a rank's share that lack a prompt, and the error rows that it does again."""
 
@@ -29,9 +45,10 @@ class Plan:
         prompts: Sequence[str],
         done: DoneSet,
         redo: Sequence[tuple[str, int, str]] = (),
+        cut: Cut | None = None,
     ) -> None:
         self.prompts, self.done = tuple(prompts), done
-        self._ranges = {part.shard.name: part for part in share_of(source, settings)}
+        self._ranges = {part.shard.name: part for part in share_of(source, settings, cut)}
         self._redo: dict[str, dict[int, list[str]]] = defaultdict(dict)
         for shard, index, prompt in redo:
             self._redo[shard].setdefault(index, []).append(prompt)
@@ -70,20 +87,53 @@ class Plan:
         return tuple(prompt for prompt in self.prompts if prompt in wanted)
 
 
-def share_of(source: Source, settings: RecaptionSettings) -> list[ShardRange]:
-    """The samples of this rank. `limit` counts over all ranks: each takes its part from the start of its share."""
-    ranges = assign(source, settings.rank, settings.world_size)
-    if settings.limit is None:
-        return ranges
-    rank, world = settings.rank, settings.world_size
-    left = settings.limit * (rank + 1) // world - settings.limit * rank // world
-    limited: list[ShardRange] = []
+def share_of(source: Source, settings: RecaptionSettings, cut: Cut | None = None) -> list[ShardRange]:
+    """The samples of this rank, or of a cut of it.
+
+    `limit` counts over all ranks: each takes its part from the start of its share.
+    """
+    rank, world = (settings.rank, settings.world_size) if cut is None else (cut.rank, cut.world_size)
+    ranges = assign(source, rank, world)
+    if settings.limit is not None:
+        ranges = _clip(ranges, 0, settings.limit * (rank + 1) // world - settings.limit * rank // world)
+    return ranges if cut is None else _clip(ranges, cut.first, cut.stop)
+
+
+def cut_share(
+    source: Source, settings: RecaptionSettings, prompts: Sequence[str], done: DoneSet, count: int
+) -> list[Cut]:
+    """This rank's share in `count` cuts without overlap, with as many samples to do in each as in any other."""
+    ranges = share_of(source, settings)
+    todo = [len(done.pending(part.shard.name, part.start, part.stop, prompts)) for part in ranges]
+    shares = [sum(todo) * number // count for number in range(count + 1)]
+    starts = shares[1:-1]
+    places: list[int] = []
+    offset = seen = 0
+    for part, num_pending in zip(ranges, todo, strict=True):
+        inside = [start - seen for start in starts if seen <= start < seen + num_pending]
+        if inside:
+            indices = done.pending(part.shard.name, part.start, part.stop, prompts)
+            places += [offset + int(indices[number]) - part.start for number in inside]
+        offset += len(part)
+        seen += num_pending
+    places += [offset] * (count - 1 - len(places))  # nothing is left to do for these
+    bounds = [0, *places, offset]
+    return [
+        Cut(first, stop, settings.rank, settings.world_size, end - start)
+        for (first, stop), (start, end) in zip(pairwise(bounds), pairwise(shares), strict=True)
+    ]
+
+
+def _clip(ranges: Sequence[ShardRange], first: int, stop: int) -> list[ShardRange]:
+    """The samples `first` to `stop` of `ranges`, counted through all of them."""
+    clipped: list[ShardRange] = []
+    offset = 0
     for part in ranges:
-        if left <= 0:
-            break
-        limited.append(ShardRange(part.shard, part.start, min(part.stop, part.start + left)))
-        left -= len(limited[-1])
-    return limited
+        start, end = max(first - offset, 0), min(stop - offset, len(part))
+        if start < end:
+            clipped.append(ShardRange(part.shard, part.start + start, part.start + end))
+        offset += len(part)
+    return clipped
 
 
 def make_loader(captioner: Captioner, settings: RecaptionSettings) -> Callable[[Job], Loaded]:
@@ -95,6 +145,7 @@ def make_loader(captioner: Captioner, settings: RecaptionSettings) -> Callable[[
     )
 
     decode = open_decoder(captioner, settings, limits)
+    prepare_file = getattr(captioner, "prepare_file", None)  # of those that may send the file itself
 
     def load(job: Job) -> Loaded:
         sample, light = job.sample, _without_bytes(job)
@@ -106,7 +157,9 @@ def make_loader(captioner: Captioner, settings: RecaptionSettings) -> Callable[[
             image = decode(sample.image)
         except DecodeError as error:
             return Loaded(light, error=SampleError(error.kind, str(error)), image_digest=digest)
-        prepared = captioner.prepare(image.pixels)
+        prepared = (
+            prepare_file(image.pixels, sample.image) if prepare_file else captioner.prepare(image.pixels)
+        )
         size = getattr(prepared, "nbytes", image.pixels.nbytes)
         return Loaded(light, prepared, None, image.width, image.height, digest, size)
 

@@ -9,11 +9,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from vila2.augment.results import Results, table
+from vila2.augment.results import Results
 from vila2.data.files import atomic_write, write_error
 from vila2.report.gallery import gallery
 
-_PLACE = "/*DATA*/null"
+_DATA = "/*DATA*/null"
+_SCRIPT = "/*SCRIPT*/"
 
 
 def write_page(path: Path, results: Results, images: int = 60) -> None:
@@ -28,9 +29,12 @@ def write_page(path: Path, results: Results, images: int = 60) -> None:
 
 def page(data: dict[str, Any]) -> str:
     """The page with its data in place."""
-    template = (files("vila2.report") / "page.html").read_text(encoding="utf-8")
-    assert template.count(_PLACE) == 1
-    return template.replace(_PLACE, embedded(data))
+    folder = files("vila2.report")
+    template = (folder / "page.html").read_text(encoding="utf-8")
+    assert template.count(_DATA) == template.count(_SCRIPT) == 1
+    # The data last: nothing is looked for in them.
+    script = (folder / "page.js").read_text(encoding="utf-8")
+    return template.replace(_SCRIPT, script).replace(_DATA, embedded(data))
 
 
 def embedded(data: Any) -> str:
@@ -44,6 +48,5 @@ def embedded(data: Any) -> str:
 def page_data(results: Results, images: int) -> dict[str, Any]:
     """What the page's script reads."""
     values = results.to_json()
-    values["tables"] = {split: table(results, split) for split in results.metrics}
     values["gallery"] = [shown.to_json() for shown in gallery(Path(results.out), results, images)]
     return values

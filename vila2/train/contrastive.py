@@ -11,7 +11,7 @@ tower; the heads are thrown away.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,13 @@ def lively_features(tower: VisionTower, tiles: Tensor, keep: int) -> Tensor:
     return x
 
 
+_RARE = -6.0
+
+
 class WordContrast(nn.Module):
     """Tower, a head for its patches, a vector and a shift for each word, and the scale of their similarity.
 
-    A word is a token. The shifts start at the odds of a rare word: almost every answer is no.
+    A word is a token. The shifts start at the odds of a rare word, or of each word (`start_shifts`).
     """
 
     def __init__(self, vision: VisionTower, vocab_size: int, size: int = 128) -> None:
@@ -52,8 +55,14 @@ class WordContrast(nn.Module):
         self.norm = LayerNorm(vision.config.width)
         self.patch = Linear(vision.config.width, size)
         self.word = nn.Embedding(vocab_size, size)
-        self.shift = nn.Parameter(torch.full((vocab_size,), -6.0))
+        self.shift = nn.Parameter(torch.full((vocab_size,), _RARE))
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
+
+    @torch.no_grad()
+    def start_shifts(self, shares: Mapping[int, float]) -> None:
+        """Start at the odds of each word, which no image has to teach then; `shares`: word -> of the texts."""
+        for word, share in shares.items():
+            self.shift[word] = math.log(share / (1 - share)) if share < 1 else -_RARE
 
     def logits(self, tiles: Tensor, words: Tensor, keep: int) -> Tensor:
         """Scores (images, words) of uint8 tiles (N, S, S, 3) and token ids (words,), from `keep` patches an image."""

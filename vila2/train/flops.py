@@ -52,7 +52,8 @@ def _batch_flops(config: ModelConfig, batch: "PackedBatch", trained: Collection[
     total += visual * (first * _passes(projector, below) + rest * _passes(projector, projector or vision))
     flows = bool(trained)  # every part lies below the head, the embeddings of the decoder included
     rows = len(batch.token_ids)
-    total += rows * _decoder_products(config.decoder) * _passes(decoder, flows)
+    everywhere, labelled = _decoder_products(config.decoder)
+    total += (rows * everywhere + batch.num_labels * labelled) * _passes(decoder, flows)
     pairs = visible_pairs(batch.segments)
     per_pair = 4.0 * config.decoder.q_size * config.decoder.num_layers
     total += pairs * per_pair * (3 if flows else 1)
@@ -72,11 +73,12 @@ def visible_pairs(segments: "np.ndarray[tuple[int, int], np.dtype[np.int64]]") -
     return int((length * (length + 1) // 2 + length * (segments[:, 3] - segments[:, 2])).sum())
 
 
-def _decoder_products(config: DecoderConfig) -> float:
-    """Per row: the linears of all layers."""
+def _decoder_products(config: DecoderConfig) -> tuple[float, float]:
+    """The linears of all layers: per row, and per row with a label. Past the last attention only the latter count."""
     hidden, inner = config.hidden_size, config.intermediate_size
-    weights = hidden * (config.q_size + 2 * config.kv_size) + config.q_size * hidden + 3 * hidden * inner
-    return 2.0 * weights * config.num_layers
+    inputs = 2.0 * hidden * (config.q_size + 2 * config.kv_size)
+    outputs = 2.0 * hidden * (config.q_size + 3 * inner)
+    return inputs * config.num_layers + outputs * (config.num_layers - 1), outputs
 
 
 def _vision_products(config: VisionConfig) -> tuple[float, float]:
@@ -114,14 +116,20 @@ def _tiles_per_stored(config: ModelConfig) -> int:
 def measured_ceiling(dtype: torch.dtype, threads: int, device: str = "cpu", seconds: float = 1.0) -> float:
     """Operations a second of torch's matrix product of this type: the best of squares of several sizes.
 
-    Runs for about `seconds` on `threads` threads (of the CPU) and leaves the number of threads as it was.
+    Runs for about `seconds` on `threads` threads (of the CPU) and leaves the number of threads as it was. Where a type
+    is so slow that a larger square alone would take longer (bfloat16 on a CPU without it), the smaller ones decide.
     """
     before = torch.get_num_threads()
     if device == "cpu":
         set_threads(threads)
     try:
-        sides = (1024, 1536, 2048) if device == "cpu" else (4096, 8192)
-        return max(_product_rate(side, dtype, device, seconds / len(sides)) for side in sides)
+        sides = (512, 1024, 1536, 2048) if device == "cpu" else (4096, 8192)
+        best = _product_rate(sides[0], dtype, device, seconds / len(sides))
+        for side in sides[1:]:
+            if 2.0 * side**3 / best > seconds:
+                break
+            best = max(best, _product_rate(side, dtype, device, seconds / len(sides)))
+        return best
     finally:
         if device == "cpu":
             set_threads(before)

@@ -1,7 +1,7 @@
 """The loss of one packed batch: images to visual tokens, spliced among the text's, through the decoder to its labels.
 
-Only rows that carry a label reach the head. Gradients flow to every part whose parameters require them; weights of a
-loaded checkpoint do not until the trainer says so (`requires_grad_`).
+Only rows that carry a label reach the last layer's MLP and the head. Gradients flow to every part whose parameters
+require them; weights of a loaded checkpoint do not until the trainer says so (`requires_grad_`).
 """
 
 from typing import TYPE_CHECKING
@@ -35,28 +35,30 @@ def batch_loss(
     model: VisionLanguageModel, batch: "PackedBatch", device: str | torch.device
 ) -> tuple[Tensor, int]:
     """The loss summed over the labels of `batch`, and how many there are. The model must be on `device`."""
-    hidden = batch_hidden(model, batch, device)
     labels = torch.from_numpy(batch.labels)
     rows = torch.nonzero(labels != IGNORED).squeeze(1)
     assert len(rows) == batch.num_labels, (len(rows), batch.num_labels)
-    chosen = hidden.index_select(0, rows.to(device))
-    loss = linear_cross_entropy(chosen, model.decoder.lm_head.weight, labels[rows].to(device))
+    hidden = batch_hidden(model, batch, device, rows)
+    loss = linear_cross_entropy(hidden, model.decoder.lm_head.weight, labels[rows].to(device))
     return loss, batch.num_labels
 
 
-def batch_hidden(model: VisionLanguageModel, batch: "PackedBatch", device: str | torch.device) -> Tensor:
-    """The decoder's final-normed hidden states (T, hidden) of a batch."""
+def batch_hidden(
+    model: VisionLanguageModel, batch: "PackedBatch", device: str | torch.device, rows: Tensor | None = None
+) -> Tensor:
+    """The decoder's final-normed hidden states (T, hidden) of a batch, or of some of its `rows` (n,) alone."""
     decoder = model.decoder
     embeddings = decoder.embed(torch.from_numpy(batch.token_ids).clamp(min=0).to(device))
     if batch.images:
         visual = torch.cat(model.encode_images(batch.images))
-        rows = torch.from_numpy(batch.visual_rows).to(device)
+        visual_rows = torch.from_numpy(batch.visual_rows).to(device)
         # Not in place: the embedding's gradient leaves out the rows that images took.
-        embeddings = embeddings.index_put((rows,), visual.to(embeddings.dtype))
+        embeddings = embeddings.index_put((visual_rows,), visual.to(embeddings.dtype))
     attend = SegmentAttend(
         torch.from_numpy(batch.positions).to(device),
         torch.from_numpy(batch.segments),
         decoder.cos,
         decoder.sin,
     )
-    return decoder(embeddings, attend)
+    hidden: Tensor = decoder(embeddings, attend, None if rows is None else rows.to(device))
+    return hidden

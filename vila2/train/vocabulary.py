@@ -11,10 +11,11 @@ from pathlib import Path
 END = "<|end|>"
 USER = "<|user|>"
 ASSISTANT = "<|assistant|>"
-# No system turn and no line breaks: a small model spends its tokens on the picture.
+# No system turn and no line breaks: a small model spends its tokens on the picture. A space before each turn: its first
+# word is then the token that the word is elsewhere, and not another one or several.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '" + USER + "' if message['role'] == 'user' else '" + ASSISTANT + "' }}"
-    "{{ message['content'] }}{% if message['role'] == 'assistant' %}" + END + "{% endif %}{% endfor %}"
+    "{{ ' ' + message['content'] }}{% if message['role'] == 'assistant' %}" + END + "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
 )
 

@@ -169,9 +169,11 @@ def kind_plural(kind: str) -> str:
     return _IRREGULAR_KINDS.get(kind) or plural_of(kind)
 
 
-@lru_cache(maxsize=1)
-def read_lexicon() -> Lexicon:
-    """The table that is part of the package."""
+@lru_cache(maxsize=32)
+def read_lexicon(themes: tuple[str, ...] = ()) -> Lexicon:
+    """The table that is part of the package, or the part of it that is of these themes."""
+    if themes:
+        return Lexicon(tuple(entry for entry in read_lexicon().entries if entry.theme in themes))
     text = (files("vila2.world") / "assets" / "names.tsv").read_text(encoding="utf-8")
     rows = (line.split("\t") for line in text.splitlines() if not line.startswith("#"))
     return Lexicon(

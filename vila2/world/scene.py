@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vila2.world.lexicon import Lexicon, read_lexicon
+
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1, each 0..1
 
 PREDICATES = ("left", "right", "above", "below")
@@ -67,7 +69,8 @@ class Background:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """All that is true of an image. `seed`, `split` and `index` made it and name it."""
+    """All that is true of an image. `seed`, `split` and `index` made it and name it; `themes` bound its world's names
+    (all, if there are none)."""
 
     seed: int
     split: str
@@ -76,6 +79,12 @@ class Scene:
     objects: tuple[Object, ...]
     sign: Sign | None
     backdrop: Background
+    themes: tuple[str, ...] = ()
+
+    @property
+    def lexicon(self) -> Lexicon:
+        """The names that its world has."""
+        return read_lexicon(self.themes)
 
     @property
     def key(self) -> str:
@@ -133,6 +142,7 @@ class Scene:
             "sign": asdict(self.sign) if self.sign else None,
             "background": self.background,
             "relations": [[r.subject, r.predicate, r.object] for r in self.relations()],
+            **({"themes": list(self.themes)} if self.themes else {}),
         }
 
 

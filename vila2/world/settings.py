@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 
 from vila2.errors import UsageError
+from vila2.world.lexicon import SIGN_WORDS, read_lexicon
 
 SPLITS = ("pretrain", "instruct", "dev", "heldout")
 MAX_LIGHT = 0.1  # beyond it, brightness would change what people call a colour
+LEAST_OF_A_THEME = 6  # names, for scenes to be drawn from it
 STYLES = {"fluent": "fluent.webp", "second": "flat.webp"}
 
 
@@ -41,6 +43,8 @@ class WorldSettings:
     flip: float = 0.5
     turn: float = 0.4
     light: float = 0.1  # brightness goes this far up or down
+    themes: tuple[str, ...] = ()  # only names of these: a smaller world, in its questions and alt-texts too
+    sign_words: int = len(SIGN_WORDS)  # how many of them signs may carry
     alt: AltNoise = field(default_factory=AltNoise)
 
     def __post_init__(self) -> None:
@@ -55,6 +59,16 @@ class WorldSettings:
         ):
             raise UsageError(f"object_counts are 1 to 5 weights, got {self.object_counts}")
         _rates(self, "repeat", "theme", "sign", "flip", "turn")
+        known = read_lexicon().themes
+        for theme in self.themes:
+            if theme not in known:
+                raise UsageError(f"no theme {theme!r}; there are {', '.join(known)}")
+        if self.themes and max(len(known[theme]) for theme in self.themes) < LEAST_OF_A_THEME:
+            raise UsageError(
+                f"themes {', '.join(self.themes)}: one of them needs {LEAST_OF_A_THEME} names or more"
+            )
+        if not 1 <= self.sign_words <= len(SIGN_WORDS):
+            raise UsageError(f"sign_words must lie in [1, {len(SIGN_WORDS)}], got {self.sign_words}")
         if not 0 <= self.light <= MAX_LIGHT:
             raise UsageError(f"light must lie in [0, {MAX_LIGHT}], got {self.light}")
 

@@ -13,7 +13,7 @@ from vila2.world.chance import Chance
 from vila2.world.lexicon import SIGN_WORDS, Lexicon, read_lexicon
 from vila2.world.pictures import TURNS, Pictures, read_pictures
 from vila2.world.scene import Background, Box, Object, Scene, Sign, area, intersection
-from vila2.world.settings import SPLITS, WorldSettings
+from vila2.world.settings import LEAST_OF_A_THEME, SPLITS, WorldSettings
 from vila2.world.splits import split_of
 
 # The longer side of an object, in shares of the image side, by the number of objects.
@@ -38,7 +38,7 @@ class World:
 
     @cached_property
     def lexicon(self) -> Lexicon:
-        return read_lexicon()
+        return read_lexicon(self.settings.themes)
 
     @cached_property
     def pictures(self) -> Pictures:
@@ -53,14 +53,16 @@ class World:
         settings = self.settings
         chance = Chance("scene", settings.seed, split, index)
         names, backdrop = self._composition(chance, split)
-        sign_word = chance.pick(SIGN_WORDS) if chance.below(settings.sign) else None
+        sign_word = chance.pick(SIGN_WORDS[: settings.sign_words]) if chance.below(settings.sign) else None
         sign = None
         while True:  # each round shrinks everything a little, so it ends
             for scale in (1.0, _SHRINK, _SHRINK**2, _SHRINK**3, _SHRINK**4):
                 sign = self._place_sign(chance, sign_word, backdrop) if sign_word else None
                 objects = self._place_objects(chance, names, sign, scale)
                 if objects is not None:
-                    return Scene(settings.seed, split, index, settings.style, objects, sign, backdrop)
+                    return Scene(
+                        settings.seed, split, index, settings.style, objects, sign, backdrop, settings.themes
+                    )
 
     def render(self, scene: Scene) -> NDArray[np.uint8]:
         """The image of a scene: uint8 (image_size, image_size, 3)."""
@@ -159,7 +161,9 @@ class World:
     @cached_property
     def _weighted_themes(self) -> tuple[tuple[str, ...], list[float]]:
         """A theme comes as often as it has names, so that names of small themes are not everywhere."""
-        themes = {theme: names for theme, names in self.lexicon.themes.items() if len(names) >= 6}
+        themes = {
+            theme: names for theme, names in self.lexicon.themes.items() if len(names) >= LEAST_OF_A_THEME
+        }
         return tuple(themes), list(accumulate(len(names) for names in themes.values()))
 
     @cached_property

@@ -10,9 +10,14 @@ from vila2.augment.recipe import read_loop_recipe
 from vila2.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[3]
+LOOPS = ("loop_quick.toml", "three_rounds.toml")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "loop").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [*(ROOT / "recipes" / "loop").glob("*.toml"), *(ROOT / "recipes" / name for name in LOOPS)],
+    ids=lambda p: p.stem,
+)
 def test_shipped_recipes_are_sound(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vila2.augment.plan import plan
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.unit.augment.kits import evaluation, recipe
-from vila2.augment.results import Figure, joined, read_results, table
+from vila2.augment.results import Figure, joined, markdown, read_results, table
 from vila2.errors import OutputError, UsageError
 
 HALF, MOST, ALL = [i % 2 == 0 for i in range(40)], [i % 4 != 0 for i in range(40)], [True] * 40
@@ -81,6 +81,18 @@ def test_the_table_shows_shares_in_per_cent(run: Path) -> None:
     assert rows[0] == ["", "round-0", "round-1", "control-steps", "vila2"]
     assert rows[1][0] == "relation.accuracy"
     assert rows[1][1].startswith("50.0 (")
+
+
+def test_a_readme_gets_models_by_metric_and_sure_gains_in_bold(run: Path) -> None:
+    lines = markdown(read_results(run), "test", ["relation.accuracy", "not measured"])
+    assert lines[:2] == ["|  | `relation.accuracy` |", "|---|---|"]
+    assert lines[2].startswith("| round-0 | 50.0 (")
+    gain = next(line for line in lines if line.startswith("| vila2 over best round |"))
+    assert "+12.5 (" in gain
+    assert "**" not in gain  # the seeds do not agree
+    sure = next(line for line in lines if line.startswith("| control-steps over round-0 |"))
+    assert "| 0.0 (0.0 to 0.0) |" in sure
+    assert {line.count("|") for line in lines if line} == {3}
 
 
 def test_steps_that_were_set_aside_do_not_count(run: Path) -> None:

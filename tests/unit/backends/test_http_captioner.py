@@ -171,7 +171,7 @@ def test_prompts_of_an_image_go_to_one_server() -> None:
         run((one, two), 24, prompts=3)
         images = [{asked.image for asked in server.asked} for server in (one, two)]
         assert len(one.asked) + len(two.asked) == 72
-        assert len(images[0] & images[1]) <= 8  # an idle server takes what it can get
+        assert len(images[0] & images[1]) <= 12  # an idle server takes what it can get
         assert images[0]
         assert images[1]
 

@@ -35,7 +35,7 @@ def engine_requests(captioner: NativeCaptioner, requests: Sequence[CaptionReques
     captioner.engine = SimpleNamespace(add=taken.append)
     try:
         for request in requests:
-            assert captioner._add(request) is None
+            assert captioner.add(request) is None
     finally:
         captioner.engine = engine
     captioner._under_way.clear()

@@ -80,10 +80,64 @@ def test_in_a_browser_it_filters_searches_sorts_and_stays_quiet(browser: Any, tm
     assert {before, shown.evaluate(theme)} == {"light", "dark"}
     shown.select_option("#split", "dev")
     assert shown.locator("#chart circle").count() == 3
+    assert shown.locator("#many svg").count() == 1  # the metrics with a name of their own
+    shown.locator("#many button").click()
+    assert shown.locator("#chart").inner_text().startswith("Objects named, F1")
+    assert shown.locator("#lead").inner_text().startswith("Objects named, F1 began at 30.0 on the test split")
+    assert shown.locator("#gains .gain.good").count() == 1
     first = shown.locator("#gains td").first
     assert first.inner_text().startswith("round-1 over </script>")
-    shown.locator("#cost th").nth(2).click()
+    column = shown.locator("#metrics td:first-child")
+    before = column.all_text_contents()
+    shown.locator("summary", has_text="All metrics").click()
+    shown.locator("#metrics th").first.click()  # from Z to A
+    assert column.all_text_contents() == sorted(before, reverse=True)
+    shown.locator("#metrics th").first.press("Enter")  # and back, by the keyboard
+    assert column.all_text_contents() == sorted(before)
     assert shown.evaluate("window.broken") is None
     assert said == []
     assert requests == [file.as_uri()]
     shown.close()
+
+
+SCROLL = """() => { const box = document.getElementById("gallery");
+  for (let i = 1; i <= 100; i++) { box.scrollTop = i * 20003; paint(); box.getBoundingClientRect(); } }"""
+SEARCH = """() => { for (const text of ["k", "k0", "k00", "dog", "dog k009", "no such thing", "cow", "a", "an", ""]) {
+  document.getElementById("search").value = text; choose(); document.body.getBoundingClientRect(); } }"""
+
+
+def test_ten_thousand_rows_are_fluid(browser: Any, tmp_path: Path) -> None:
+    """A jump to other rows fits a frame, a key stroke in the search is not felt; in CPU time, since the machine may
+    be busy."""
+    file = tmp_path / "page.html"
+    file.write_text(page(make_data(10_000)))
+    shown = browser.new_page(viewport={"width": 1200, "height": 900})
+    shown.goto(file.as_uri())
+    session = shown.context.new_cdp_session(shown)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def cpu_ms(script: str) -> float:
+        def spent() -> float:
+            found = session.send("Performance.getMetrics")["metrics"]
+            return next(float(m["value"]) for m in found if m["name"] == "TaskDuration")
+
+        before = spent()
+        shown.evaluate(script)
+        return (spent() - before) * 1000
+
+    assert cpu_ms(SCROLL) / 100 < 16
+    assert cpu_ms(SEARCH) / 10 < 100
+    shown.close()
+
+
+def test_it_is_light_or_dark_as_the_reader_is(browser: Any, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(page(make_data(5)))
+    grounds = []
+    for scheme in ("light", "dark"):
+        shown = browser.new_page(color_scheme=scheme)
+        shown.goto(file.as_uri())
+        assert shown.evaluate("document.documentElement.dataset.theme") == scheme
+        grounds.append(shown.evaluate("getComputedStyle(document.body).backgroundColor"))
+        shown.close()
+    assert len(set(grounds)) == 2

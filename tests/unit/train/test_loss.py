@@ -12,7 +12,7 @@ from vila2.model.images import PreparedImage
 from vila2.model.projector import ProjectorConfig
 from vila2.model.vision import VisionConfig
 from vila2.model.vlm import ModelConfig, VisionLanguageModel
-from vila2.train.loss import batch_loss
+from vila2.train.loss import batch_hidden, batch_loss
 from vila2.train.packing import PackedBatch
 
 torch.set_num_threads(1)
@@ -137,6 +137,14 @@ def test_loss_and_gradients_equal_single_sequences(kind, tied, kv_heads):
         torch.testing.assert_close(
             ours[name], gradient, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_rows_that_are_asked_for_are_those_of_the_whole():
+    model, batch = small_model(), packed([example(7), example(8)])
+    whole = batch_hidden(model, batch, "cpu")
+    for rows in ([], [3], list(range(batch.num_rows)), [9, 2, 5]):
+        chosen = torch.tensor(rows, dtype=torch.int64)
+        torch.testing.assert_close(batch_hidden(model, batch, "cpu", chosen), whole[chosen])
 
 
 @pytest.mark.parametrize("part", ["vision", "projector", "decoder"])

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vila2.errors import UsageError
-from vila2.world import SPLITS, STYLES, Scene, World, WorldSettings
+from vila2.evaluate.truths import scene_of
+from vila2.world import SPLITS, STYLES, AltNoise, Scene, World, WorldSettings, read_lexicon, texts
+from vila2.world.lexicon import SIGN_WORDS
 from vila2.world.scene import OPPOSITE, area, intersection, place_of
 from vila2.world.signs import PANELS, cap_share
 from vila2.world.splits import holder_of, pairs_of, split_of
@@ -263,3 +265,36 @@ def test_every_name_has_a_picture(style: str) -> None:
         whole = pictures.picture(name, 0, False)[0]
         assert max(whole.size) >= 76
         assert np.asarray(whole)[..., 3].mean() > 25
+
+
+def test_a_world_of_some_themes_has_no_other_names() -> None:
+    themes = ("farm", "market")
+    world = World(WorldSettings(themes=themes, sign_words=5, sign=0.8))
+    names = set(world.lexicon.names)
+    assert len(names) == 22
+    seen, words = set[str](), set[str]()
+    for split in ("pretrain", "dev"):
+        for index in range(150):
+            scene = world.scene(split, index)
+            assert split_of([thing.name for thing in scene.objects], scene.background) == split
+            seen |= {thing.name for thing in scene.objects}
+            words |= {scene.sign.word} if scene.sign else set()
+            asked = texts.questions(
+                scene, tasks=("presence_random", "presence_popular", "presence_adversarial")
+            )
+            seen |= {name for question in asked for name in question.names}
+            assert scene_of(scene.truth()).themes == themes
+            said = read_lexicon().find(texts.alt_text(scene, AltNoise(wrong=1.0, vague=0, junk=0)).text)
+            assert set(said) <= names
+    assert seen == names
+    assert words == set(SIGN_WORDS[:5])
+
+
+def test_all_themes_are_said_by_none() -> None:
+    assert "themes" not in World().scene("dev", 0).truth()
+    with pytest.raises(UsageError, match="no theme 'farms'; there are"):
+        WorldSettings(themes=("farms",))
+    with pytest.raises(UsageError, match="needs 6 names or more"):
+        WorldSettings(themes=("winter",))
+    with pytest.raises(UsageError, match="sign_words must lie in"):
+        WorldSettings(sign_words=0)

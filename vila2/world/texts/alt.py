@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vila2.world.chance import Chance
-from vila2.world.lexicon import plural_of, read_lexicon, with_article
+from vila2.world.lexicon import plural_of, with_article
 from vila2.world.scene import Scene
 from vila2.world.settings import AltNoise
 from vila2.world.world import World
@@ -61,7 +61,7 @@ def alt_text(scene: Scene, noise: AltNoise | None = None) -> AltText:
     draw = chance.random()
     if draw < noise.junk:
         return AltText(chance.pick(_JUNK).format(n=1 + chance.integer(9)), "junk")
-    lexicon = read_lexicon()
+    lexicon = scene.lexicon
     names = chance.sample(list(scene.counts()), 1 if chance.below(noise.one_name) else 2)
     if draw < noise.junk + noise.vague:
         text = chance.pick(_VAGUE)
@@ -89,7 +89,7 @@ _NO_PLURAL = ("clothes", "furniture", "food", "fruit", "nature")
 
 def _another(chance: Chance, scene: Scene, said: list[str], name: str) -> str:
     """A name that is not in the image: often of the same kind, as people err."""
-    lexicon = read_lexicon()
+    lexicon = scene.lexicon
     counts = scene.counts()
     if chance.below(0.5):
         near = [e.name for e in lexicon.entries if e.kind == lexicon.by_name[name].kind]

@@ -14,6 +14,8 @@ from vila2.world.scene import OPPOSITE, PREDICATES, Box, Scene, digits, place_ma
 from vila2.world.texts.captions import RELATIONS, one_way
 
 PRESENCE_PAIRS = 3  # POPE: three that are there, three that are not
+Themes = tuple[str, ...]  # of the scene's world: what is not there is asked of that world's names
+
 _POPULAR = 24  # how many of the most frequent names "popular" negatives come from
 _NEAR = 8  # how many of the likeliest companions "adversarial" negatives come from
 _COUNT_ONE = 0.25
@@ -58,7 +60,7 @@ def questions(scene: Scene, tasks: Sequence[str] | None = None, limit: int | Non
 def _presence(scene: Scene, task: str, chance: Chance) -> list[Question]:
     counts = scene.counts()
     yes = chance.sample(list(counts), PRESENCE_PAIRS)
-    no = _ABSENT[task](chance, counts)[: len(yes)]
+    no = _ABSENT[task](chance, counts, scene.themes)[: len(yes)]
     asked = []
     for name in chance.shuffled(yes + no):
         text = chance.pick(_PRESENCE).format(a=with_article(name))
@@ -66,43 +68,44 @@ def _presence(scene: Scene, task: str, chance: Chance) -> list[Question]:
     return asked
 
 
-def _random_absent(chance: Chance, counts: dict[str, int]) -> list[str]:
-    return chance.sample([name for name in read_lexicon().names if name not in counts], PRESENCE_PAIRS)
+def _random_absent(chance: Chance, counts: dict[str, int], themes: Themes) -> list[str]:
+    return chance.sample([name for name in read_lexicon(themes).names if name not in counts], PRESENCE_PAIRS)
 
 
-def _popular_absent(chance: Chance, counts: dict[str, int]) -> list[str]:
-    return chance.sample([name for name in _most_popular() if name not in counts][:_POPULAR], PRESENCE_PAIRS)
+def _popular_absent(chance: Chance, counts: dict[str, int], themes: Themes) -> list[str]:
+    popular = [name for name in _most_popular(themes) if name not in counts]
+    return chance.sample(popular[:_POPULAR], PRESENCE_PAIRS)
 
 
-def _adversarial_absent(chance: Chance, counts: dict[str, int]) -> list[str]:
+def _adversarial_absent(chance: Chance, counts: dict[str, int], themes: Themes) -> list[str]:
     """Names that go with those in the image: of the same theme, or of the same kind, which look alike."""
     nearness: dict[str, int] = {}
     for name in counts:
-        for other, near in _companions()[name]:
+        for other, near in _companions(themes)[name]:
             if other not in counts:
                 nearness[other] = nearness.get(other, 0) + near
     likely = sorted(nearness, key=lambda name: (-nearness[name], name))[:_NEAR]
     return chance.sample(likely, PRESENCE_PAIRS)
 
 
-_ABSENT: dict[str, Callable[[Chance, dict[str, int]], list[str]]] = {
+_ABSENT: dict[str, Callable[[Chance, dict[str, int], Themes], list[str]]] = {
     "presence_random": _random_absent,
     "presence_popular": _popular_absent,
     "presence_adversarial": _adversarial_absent,
 }
 
 
-@lru_cache(maxsize=1)
-def _most_popular() -> list[str]:
+@lru_cache(maxsize=32)
+def _most_popular(themes: Themes) -> list[str]:
     """Names by how often they are drawn: early in a large theme comes first."""
-    themes = read_lexicon().themes.values()
-    rank = {name: position / len(names) for names in themes for position, name in enumerate(names)}
+    groups = read_lexicon(themes).themes.values()
+    rank = {name: position / len(names) for names in groups for position, name in enumerate(names)}
     return sorted(rank, key=lambda name: (rank[name], name))
 
 
-@lru_cache(maxsize=1)
-def _companions() -> dict[str, list[tuple[str, int]]]:
-    entries = read_lexicon().entries
+@lru_cache(maxsize=32)
+def _companions(themes: Themes) -> dict[str, list[tuple[str, int]]]:
+    entries = read_lexicon(themes).entries
     return {
         a.name: [
             (b.name, 2 * (a.theme == b.theme) + (a.kind == b.kind))

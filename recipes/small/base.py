@@ -1,0 +1,156 @@
+"""The base parts of a small model of a small world: `python recipes/small/base.py --out runs/small`.
+
+Three steps, each skipped when its output is there: a tokenizer, a tower from images and noisy alt-texts, a decoder
+from texts alone. What comes out, `OUT/base`, is a VILA checkpoint with a fresh projector. Neither part has seen a
+caption, an answer or a box of an image, nor a scene of the instruction, dev or held-out splits.
+
+Its world has the names of a few themes and a few words on signs, so that a training takes minutes on a core. The loops
+in recipes/ that use it name the same themes and the same image size.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vila2.config import make_settings
+from vila2.model.decoder import DecoderConfig
+from vila2.model.projector import ProjectorConfig
+from vila2.model.tokenizer import load_tokenizer
+from vila2.model.vila_writer import save_vila
+from vila2.model.vision import VisionConfig
+from vila2.model.vlm import ModelConfig, VisionLanguageModel
+from vila2.recaption.interrupt import Interrupts
+from vila2.train.recipe import Recipe
+from vila2.train.tower import TowerSettings, fresh_tower, train_tower, write_figures
+from vila2.train.trainer import Trainer
+from vila2.train.vocabulary import write_vocabulary
+from vila2.world import World, WorldSettings, texts
+
+PATCH, HEAD, CONTEXT = 12, 32, 512
+INTERRUPTED = 130
+
+
+def corpus(world: World, scenes: int) -> Iterator[str]:
+    """Every kind of text that this world writes."""
+    for index in range(scenes):
+        scene = world.scene("pretrain", index)
+        yield texts.alt_text(scene, world.settings.alt).text
+        for kind, prompts in texts.CAPTION_PROMPTS.items():
+            yield prompts[index % len(prompts)]
+            yield texts.caption_for(scene, kind)
+        yield texts.layout(scene)
+        for question in texts.questions(scene, limit=8):
+            yield f"{question.question} {question.answer}"
+
+
+def model_config(side: int, width: int, layers: int, vocab_size: int) -> ModelConfig:
+    """A tower and a Llama of the same width; a visual token for every four patches."""
+    heads = width // HEAD
+    tower = VisionConfig(
+        "siglip", side, PATCH, width, 3 * width, layers, heads, "gelu_pytorch_tanh", 1e-6, -1, "cls_patch"
+    )
+    decoder = DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=width * 12 // 5,
+        num_layers=4,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=HEAD,
+        max_positions=CONTEXT,
+        tie_embeddings=True,
+    )
+    return ModelConfig(
+        tower, ProjectorConfig("mlp_downsample", width, width), decoder, "resize", side, token_newline=True
+    )
+
+
+def make_tower(out: Path, config: ModelConfig, tokenizer: Path, settings: TowerSettings) -> None:
+    """A VILA checkpoint whose tower is trained and whose decoder is a fresh one."""
+    tower = fresh_tower(config.vision, settings.seed)
+    figures = train_tower(tower, tokenizer, settings, lambda line: print(line, flush=True))
+    torch.manual_seed(settings.seed)
+    model = VisionLanguageModel.from_config(config)
+    model.vision.load_state_dict(tower.state_dict())
+    save_vila(out, model, tokenizer, config)
+    write_figures(out / "tower.json", settings, figures)
+
+
+def make_decoder(out: Path, base: Path, world: WorldSettings, steps: int, seed: int, threads: int) -> bool:
+    """Train the decoder on texts: a scene comes as its layout in words. False if it was interrupted."""
+    data = {
+        "kind": "world",
+        "split": "pretrain",
+        "texts": ["layout", "detailed", "questions"],
+        "options": {"per_image": 7, "themes": world.themes, "sign_words": world.sign_words},
+    }
+    stage: dict[str, Any] = {
+        "name": "decoder",
+        "train": ["decoder"],
+        "steps": steps,
+        "batch_examples": 24,
+        "lr": 1e-2,
+        "optimizer": "muon",
+        "adamw_lr": 2e-3,
+        "schedule": "wsd",
+        "decay": 0.5,
+        "min_lr": 0.05,
+        "warmup": min(40, steps),
+        "log_every": 10,
+        "save_minutes": 2.0,
+        "data": [data],
+    }
+    values = {"base": str(base), "out": str(out), "seed": seed, "precision": "float32", "device": "cpu"}
+    values |= {"threads": threads, "measure_ceiling": False, "stage": [stage]}
+    interrupts = Interrupts()
+    interrupts.grace_s = 1e6  # a step is finished before it stops
+    with interrupts.installed():
+        return not Trainer(make_settings(Recipe, values), interrupts=interrupts).run().interrupted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/small"))
+    parser.add_argument("--themes", default="home,farm,street,market")
+    parser.add_argument("--sign-words", type=int, default=20)
+    parser.add_argument("--image-size", type=int, default=96, help=f"a multiple of {2 * PATCH}")
+    parser.add_argument("--width", type=int, default=160, help=f"a multiple of {HEAD}")
+    parser.add_argument("--layers", type=int, default=4, help="of the tower")
+    parser.add_argument("--tokens", type=int, default=768)
+    parser.add_argument("--tower-steps", type=int, default=700)
+    parser.add_argument("--decoder-steps", type=int, default=900, help="of 24 scenes each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    world = WorldSettings(themes=tuple(args.themes.split(",")), sign_words=args.sign_words)
+    tokenizer, tower, base = args.out / "tokenizer", args.out / "tower", args.out / "base"
+    if not (tokenizer / "tokenizer_config.json").is_file():
+        write_vocabulary(tokenizer, corpus(World(world), 1500), args.tokens, context=CONTEXT)
+    if not (tower / "tower.json").is_file():
+        config = model_config(args.image_size, args.width, args.layers, len(load_tokenizer(tokenizer)))
+        kept = (args.image_size // PATCH) ** 2 * 3 // 8
+        settings = TowerSettings(
+            steps=args.tower_steps,
+            batch=96,
+            keep=kept,
+            sign=0.3,
+            seed=args.seed,
+            themes=world.themes,
+            sign_words=world.sign_words,
+        )
+        make_tower(tower, config, tokenizer, settings)
+    if not make_decoder(args.out / "decoder", tower, world, args.decoder_steps, args.seed, args.threads):
+        sys.exit(INTERRUPTED)
+    if not base.exists():
+        base.symlink_to(Path("decoder", "01-decoder", "checkpoint"))
+    print(f"the base parts -> {base}")
+
+
+if __name__ == "__main__":
+    main()
