@@ -121,7 +121,7 @@ def test_a_process_that_always_dies_is_given_up_after_the_others_have_finished(
     done = {index for _, index, _ in captions(settings)}
     assert done == set(range(COUNT)) - {8, 9, 10, 11}
     assert [n.event for n in notices if n.rank == 1] == ["started", "died"] * 3 + ["started", "given_up"]
-    assert go(settings, devices(3)).images == 4
+    assert go(settings, devices(1)).images == 4
     assert captions(settings) == reference(photos, prompt_text="About {original}.")
 
 
