@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MOST_TOP = 128  # columns of a row that `_C` keeps
 
+_HAS_TOP = native is not None and hasattr(native.PackedWeights, "top")  # not in a `_C` built before it was
+
 
 def top_reference(logits: Tensor, count: int, banned: Tensor, is_banned: Tensor) -> tuple[Tensor, Tensor]:
     """The `count` largest of each row of `logits` (rows, columns), largest first, equal ones by column.
@@ -40,9 +42,11 @@ def finds_top(linear: Linear) -> bool:
 
 def _handle(linear: Linear) -> "PackedWeights | ByteWeights | None":
     packed = linear.packed
+    if not _HAS_TOP:
+        return None
     if isinstance(packed, PackedBytes):
         return None if packed.is_gated else packed.native
-    return packed if native is not None and isinstance(packed, native.PackedWeights) else None
+    return packed if isinstance(packed, native.PackedWeights) else None
 
 
 def linear_top(
