@@ -141,6 +141,7 @@ bench: $(MODEL)/model.safetensors ## the CPU benchmarks (about an hour of quiet 
 	@$(BIN)/python bench/profile_step.py $(MODEL)
 	@$(BIN)/python bench/bench_memory.py
 	@$(BIN)/python bench/bench_world.py
+	@$(BIN)/python bench/bench_train.py
 	@$(BIN)/python bench/tables.py BENCHMARKS.md
 
 bench-peers: $(MODEL)/model.safetensors ## ours against transformers, OpenVINO GenAI, vLLM and llama.cpp, each in its own environment
