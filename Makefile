@@ -87,9 +87,9 @@ $(EVAL)/.installed: $(VENV)/.installed
 	@$(BIN)/python -m venv $(EVAL)
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
 		> $$($(EVAL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_venv.pth
-	@$(EVAL)/bin/pip --disable-pip-version-check -qq install --no-deps "lmms-eval==0.7.3"
 	@$(EVAL)/bin/pip --disable-pip-version-check -qq install \
 		"accelerate>=1" "datasets>=3" evaluate loguru pytablewriter python-dotenv sacrebleu tenacity
+	@$(EVAL)/bin/pip --disable-pip-version-check -qq install --no-deps "lmms-eval==0.7.3"
 	@touch $@
 
 test-eval: $(EVAL)/.installed ## lmms-eval itself drives the engine: one of its tasks, on local data
@@ -143,6 +143,7 @@ bench: $(MODEL)/model.safetensors ## the CPU benchmarks (about an hour of quiet 
 	@$(BIN)/python bench/bench_quality.py $(MODEL)
 	@$(BIN)/python bench/bench_memory.py
 	@$(BIN)/python bench/bench_world.py
+	@$(BIN)/python bench/bench_train.py
 	@$(BIN)/python bench/tables.py BENCHMARKS.md
 
 bench-peers: $(MODEL)/model.safetensors ## ours against transformers, OpenVINO GenAI, vLLM and llama.cpp, each in its own environment

@@ -2,8 +2,12 @@
 
     python bench/bench_speculative.py .cache/llava-small --batch 1 --batch 4
 
-A draft is the model's own greedy caption with a share of its words replaced by words of other captions: what a caption
-of the round before looks like where that share has changed. Captions are checked to be the same, token by token.
+A draft is the model's own greedy caption with a share of its words, drawn at random, replaced by words of other
+captions: what a caption of the round before looks like where that share has changed. Captions are checked to be the
+same, token by token. Images are crops of photographs. Each share is measured with what the product does, which is to
+guess from the draft and from the phrases of the captions that the run has written so far (it begins with none), and
+from the draft alone; `new words` says how much phrases can know here: the share of tokens that follow two tokens they
+have not followed in an earlier caption of the run.
 Decoding alone is the whole run less a run of one new token (encode and prefill), each plain and drafted in turns.
 On a machine with other work, `--clock cpu --threads 1` counts this process's CPU-seconds.
 """
@@ -13,11 +17,15 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from statistics import median
 
-from common import CHAT, append_row, facts, noise_images
+import numpy as np
+from common import CHAT, append_row, facts, photo_jpegs
+from PIL import Image
 
 from vila2.backends.native import NativeCaptioner, open_checkpoint
+from vila2.engine.phrases import Phrases
 from vila2.engine.speculation import Speculator
 from vila2.types import Caption, CaptionRequest, SamplingParams
 
@@ -29,7 +37,7 @@ def requests(captioner: NativeCaptioner, count: int, new_tokens: int) -> list[Ca
     sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
     return [
         CaptionRequest(i, CHAT, (captioner.prepare(pixels),), sampling)
-        for i, pixels in enumerate(noise_images(count))
+        for i, pixels in enumerate(np.asarray(Image.open(BytesIO(data))) for data in photo_jpegs(count))
     ]
 
 
@@ -41,6 +49,18 @@ def replaced(text: str, share: float, others: list[str], rng: random.Random) -> 
     return " ".join(words)
 
 
+def new_words(captions: list[Caption]) -> float:
+    """The share of tokens that come after two tokens as in no earlier caption."""
+    known: set[tuple[int, ...]] = set()
+    num_new = num_all = 0
+    for caption in captions:
+        threes = list(zip(caption.token_ids, caption.token_ids[1:], caption.token_ids[2:], strict=False))
+        num_all += len(threes)
+        num_new += sum(three not in known for three in threes)
+        known.update(threes)
+    return num_new / max(1, num_all)
+
+
 class Run:
     """Captions requests and takes the time, with what the counters say of it."""
 
@@ -48,10 +68,13 @@ class Run:
         self.captioner, self.clock = captioner, CLOCKS[clock]
 
     def __call__(
-        self, asked: list[CaptionRequest]
+        self, asked: list[CaptionRequest], with_phrases: bool = True
     ) -> tuple[float, dict[int, tuple[int, ...]], dict[str, float], list[Caption]]:
         speculator = self.captioner.engine.speculator
-        self.captioner.engine.speculator = Speculator(speculator.cost)  # each run learns its acceptance anew
+        # Each run learns anew.
+        self.captioner.engine.speculator = Speculator(
+            speculator.cost, phrases=Phrases() if with_phrases else None
+        )
         before = self.captioner.stats()
         start = self.clock()
         captions = sorted(self.captioner.caption(asked), key=lambda caption: caption.id)
@@ -111,24 +134,28 @@ def main() -> None:
             f"batch {batch}: a step of one row takes {1e3 * cost.seconds[0]:.1f} ms; rows: times as long:  {steps}"
         )
 
+        share_new = new_words(captions)
+        print(f"  {share_new:.0%} of the tokens follow two tokens as in no earlier caption")
         one = [replace(request, sampling=replace(request.sampling, max_new_tokens=1)) for request in asked]
         first: list[float] = []
         plain: list[float] = []
-        fast: dict[float, list[float]] = {share: [] for share in shares}
-        counts: dict[float, dict[str, float]] = {}
+        ways = [(share, with_phrases) for share in shares for with_phrases in (True, False)]
+        fast: dict[tuple[float, bool], list[float]] = {way: [] for way in ways}
+        counts: dict[tuple[float, bool], dict[str, float]] = {}
         for _ in range(args.rounds):
             first.append(run(one)[0])
             plain.append(run(asked)[0])
-            for share in shares:
-                seconds, tokens, counts[share], _ = run(drafted[share])
+            for way in ways:
+                seconds, tokens, counts[way], _ = run(drafted[way[0]], way[1])
                 if tokens != truth:
-                    raise SystemExit(f"batch {batch}, {share:.0%} right: the captions differ")
-                fast[share].append(seconds)
+                    raise SystemExit(f"batch {batch}, {way[0]:.0%} right: the captions differ")
+                fast[way].append(seconds)
         prefill, plainly = median(first), median(plain)
-        for share in shares:
-            seconds, used = median(fast[share]), counts[share]
+        for way in ways:
+            seconds, used = median(fast[way]), counts[way]
             row = {
-                "right_words": share,
+                "right_words": way[0],
+                "guesses": "draft and phrases" if way[1] else "draft",
                 "plain_s": plainly,
                 "drafted_s": seconds,
                 "prefill_s": prefill,
@@ -137,10 +164,11 @@ def main() -> None:
                 "accepted": used["accepted_tokens"] / max(1, used["drafted_tokens"]),
                 "drafted_per_token": used["drafted_tokens"] / used["new_tokens"],
                 "tokens_per_step": used["new_tokens"] / used["sequence_steps"],
+                "new_words": share_new,
             }
             print(
-                f"  {share:4.0%} right: {row['times_whole']:.2f} times the speed of plain, "
-                f"decoding alone {row['times_decoding']:.2f}; {row['accepted']:.0%} of drafted tokens right, "
+                f"  {way[0]:4.0%} right, from {row['guesses']}: {row['times_whole']:.2f} times the speed of plain, "
+                f"decoding alone {row['times_decoding']:.2f}; {row['accepted']:.0%} of guesses right, "
                 f"{row['tokens_per_step']:.2f} tokens a step"
             )
             if not args.no_row:

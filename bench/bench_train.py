@@ -45,7 +45,7 @@ def worker(engine: str, checkpoint: Path, batch: int, longest: int) -> Worker:
 
 
 def speed(args: argparse.Namespace, stack: ExitStack) -> None:
-    for model, batch, steps in (("nano", 32, args.steps), ("llava-small", 8, max(1, args.steps // 6))):
+    for model, batch, steps in (("nano", 32, args.steps), ("llava-small", 4, max(1, args.steps // 6))):
         if model not in args.models:
             continue
         folder = checkpoint(model, stack)
@@ -74,8 +74,9 @@ def report_speed(
 ) -> None:
     ours = everyone[0]
     for one in everyone:
-        same_order = one.question.get("order") != "group_by_length"
-        gap = max(abs(a - b) for a, b in zip(ours.losses, one.losses, strict=True)) if same_order else ""
+        gap: float | str = ""
+        if one.question.get("order") != "group_by_length":
+            gap = max(abs(a - b) for a, b in zip(ours.losses, one.losses, strict=True))
         row = {
             **facts(),
             "engine": one.engine,
@@ -98,7 +99,7 @@ def report_speed(
 
 
 def step(args: argparse.Namespace, stack: ExitStack) -> None:
-    for model, batch in (("llava-small", 8), ("nano", 32)):
+    for model, batch in (("llava-small", 4), ("nano", 32)):
         if model not in args.models:
             continue
         with worker("vila2", checkpoint(model, stack), batch, 512) as ours:
@@ -106,7 +107,7 @@ def step(args: argparse.Namespace, stack: ExitStack) -> None:
             rates, seconds = [], []
             for _ in range(args.rounds):
                 for dtype, found in ceilings.items():
-                    found.append(ours.ask(what="ceiling", dtype=dtype, seconds=1.5)["rate"])
+                    found.append(ours.ask(what="ceiling", dtype=dtype, seconds=1.0)["rate"])
                 answer = ours.ask(what="train", steps=3, lr=LR)
                 # The first step of each turn takes the memory that the others reuse.
                 seconds += answer["times"][1:]
@@ -174,8 +175,8 @@ def main() -> None:
         "--models", nargs="+", default=["nano", "llava-small"], choices=["nano", "llava-small"]
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12, help="of nano in a round; llava-small gets a sixth")
-    parser.add_argument("--memory-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=6, help="of nano in a round; llava-small gets a sixth")
+    parser.add_argument("--memory-steps", type=int, default=200)
     parser.add_argument("--no-row", action="store_true", help="print only; leave bench/results alone")
     args = parser.parse_args()
     for part in args.parts:

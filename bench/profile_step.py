@@ -25,6 +25,7 @@ TIMED = {
         "vila2.model.quantized:add_rms_norm_byte_linear",
         "vila2.model.quantized:layer_norm_byte_linear",
         "vila2.model.quantized:byte_linear",
+        "vila2.model.decoder:linear_top",  # the head, with the search for the best token
     ),
     "attention": (
         "vila2.engine.runner:paged_attention",
@@ -34,7 +35,7 @@ TIMED = {
     "activations": ("vila2.model.decoder:silu_mul", "vila2.model.vision:gelu"),
     "rope and cache": ("vila2.engine.runner:rope_store",),
     "patches": ("vila2.model.vision:image_patches",),
-    "sampling": ("vila2.engine.engine:sample_tokens",),
+    "sampling": ("vila2.engine.sampler:_agreed",),
 }
 BAR = 0.25
 
@@ -76,10 +77,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--no-row", action="store_true", help="print only; leave bench/results alone")
     args = parser.parse_args()
 
-    model = vila2.load(args.checkpoint, device="cpu", precision=args.precision, template="raw")
+    model = vila2.load(
+        args.checkpoint, device="cpu", precision=args.precision, template="raw", batch_size=args.batch
+    )
     watch = Stopwatch()
     for stage, places in TIMED.items():
         for place in places:

@@ -67,13 +67,13 @@ COLUMNS = {
         "precision": "precision",
         "batch": "batch",
         "right_words": "words of the draft that are right",
+        "guesses": "guesses from",
         "times_decoding": "decoding, times plain",
         "times_whole": "whole run, times plain",
         "tokens_per_step": "tokens a step",
         "accepted": "drafted tokens accepted",
         "images": "images",
         "rounds": "rounds",
-        "clock": "clock",
         "note": "note",
     },
     "quality": {
@@ -108,6 +108,37 @@ COLUMNS = {
         "cpu_ms": "CPU, ms a caption",
         "same_captions": "same captions",
     },
+    "train": {
+        "model": "shapes of",
+        "engine": "engine",
+        "precision": "precision",
+        "batch": "batch",
+        "steps": "steps a round",
+        "rounds": "rounds",
+        "samples_per_s": "samples/s",
+        "slowest": "slowest round",
+        "ours_times": "ours is, times",
+        "loss_gap": "largest gap of a loss",
+    },
+    "train_step": {
+        "model": "shapes of",
+        "precision": "precision",
+        "batch": "batch",
+        "seconds": "seconds a step",
+        "gflops": "GFLOP/s",
+        "float32_ceiling": "float32 product",
+        "bf16_ceiling": "bf16 product",
+        "of_float32": "of float32's",
+        "of_bf16": "of bf16's",
+    },
+    "train_memory": {
+        "steps": "steps",
+        "samples_per_s": "samples/s",
+        "settled_mib": "MiB after warm-up",
+        "end_mib": "MiB at the end",
+        "most_mib": "most MiB",
+        "trend_mib": "trend, MiB",
+    },
     "decode": {
         "path": "path",
         "images_per_cpu_s": "images per CPU-second",
@@ -123,6 +154,17 @@ COLUMNS = {
         "rounds": "rounds",
         "scenes_per_cpu_s": "scenes per CPU-second",
         "slowest": "slowest round",
+    },
+    "crossovers": {
+        "precision": "precision",
+        "product": "product",
+        "rows_1": "1 row",
+        "rows_4": "4 rows",
+        "rows_16": "16",
+        "rows_64": "64",
+        "rows_256": "256",
+        "rows_1024": "1024",
+        "library_from": "library from",
     },
     "ops": {
         "op": "operation",
@@ -142,7 +184,8 @@ SHOWN = {
         or (row["op"].startswith("rope") and row["shape"].startswith("1024"))
     )
 }
-ONE_RUN = {"decode", "peers", "serve"}  # tables that show the newest commit's rows only
+# Tables that show the newest commit's rows only.
+ONE_RUN = {"crossovers", "decode", "peers", "serve", "speculative", "train", "train_step", "train_memory"}
 SHARES = {"products", "attention", "norms", "activations", "rope_and_cache", "patches"}
 SHARES |= {"agreement", "free_agreement", "equal", "near_ties"}
 SHARES |= {
@@ -154,6 +197,8 @@ SHARES |= {
     "right_words",
     "accepted",
     "of_in_process",
+    "of_float32",
+    "of_bf16",
 }
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

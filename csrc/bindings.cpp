@@ -9,6 +9,7 @@
 #include <string>
 
 #include "bindings_tensor.h"
+#include "bindings_top.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
 
@@ -263,6 +264,17 @@ void linear(const PackedWeights& weights, py::handle x_object, py::handle y_obje
   weights.multiply(x.as<float>(), y.as<float>(), rows);
 }
 
+void top(const PackedWeights& weights, py::handle x_object, py::handle banned, py::handle is_banned,
+         py::handle values, py::handle columns) {
+  const Tensor x(x_object, "x");
+  x.is(Dtype::kFloat32, "float32").dims(2).contiguous();
+  x.require(x.width() == weights.depth(), "the depth of the weights");
+  const int64_t rows = x.rows();
+  const auto job = vila2::python::top_job(rows, weights.columns(), banned, is_banned, values, columns);
+  const py::gil_scoped_release release;
+  vila2::cpu::top(weights, x.as<float>(), rows, job);
+}
+
 py::dict cpu_features() {
   const vila2::cpu::Features features = vila2::cpu::features();
   py::dict flags;
@@ -298,6 +310,7 @@ PYBIND11_MODULE(_C, m) {
                   py::arg("bias"), py::arg("columns"), py::arg("depth"), py::arg("storage"))
       .def("copy_to", copy_packed, py::arg("panels"), py::arg("bias"))
       .def("multiply", linear)
+      .def("top", top)
       .def_property_readonly("columns", &PackedWeights::columns)
       .def_property_readonly("padded_columns", &PackedWeights::padded_columns)
       .def_property_readonly("depth", &PackedWeights::depth)

@@ -5,6 +5,7 @@
 
 #include "bindings.h"
 #include "bindings_tensor.h"
+#include "bindings_top.h"
 #include "cpu/quantized.h"
 
 namespace vila2::python {
@@ -88,6 +89,24 @@ class ByteWeights {
     run(x, Source::kLayerNorm, norm, y_object, finish, py::none());
   }
 
+  void top(py::handle x_object, py::handle banned, py::handle is_banned, py::handle values,
+           py::handle columns) const {
+    const Tensor x(x_object, "x");
+    x.is(Dtype::kFloat32, "float32")
+        .dims(2)
+        .contiguous()
+        .require(x.width() == depth_, "the depth of the weights");
+    const int64_t rows = x.rows();
+    const cpu::TopJob out = top_job(rows, columns_, banned, is_banned, values, columns);
+    NormJob norm{};
+    norm.x = x.data, norm.width = depth_, norm.storage = Storage::kFloat32;
+    ByteLinearJob job = job_;
+    const py::gil_scoped_release release;
+    job.x = cpu::byte_scratch(rows, depth_);
+    cpu::quantize({Source::kRows, norm, job.x, turn_}, rows);
+    cpu::byte_top(job, rows, out);
+  }
+
   int64_t columns() const { return columns_; }
   int64_t depth() const { return depth_; }
   bool is_narrow() const { return is_narrow_; }
@@ -166,6 +185,7 @@ void bind_bytes(py::module_& m) {
            py::arg("panels"), py::arg("scales"), py::arg("sums"), py::arg("bias"), py::arg("columns"),
            py::arg("depth"), py::arg("is_narrow"), py::arg("turn") = 1)
       .def("multiply", &ByteWeights::multiply)
+      .def("top", &ByteWeights::top)
       .def("multiply_rms_norm", &ByteWeights::multiply_rms_norm)
       .def("multiply_layer_norm", &ByteWeights::multiply_layer_norm)
       .def_property_readonly("columns", &ByteWeights::columns)

@@ -17,6 +17,7 @@ from vila2.ops.threads import set_threads
 from vila2.train.examples import VISUAL_TOKEN, EncodedExample, Row
 from vila2.train.flops import PARTS, measured_ceiling, step_flops
 from vila2.train.loss import batch_loss
+from vila2.train.machine import keep_freed_memory
 from vila2.train.optim import ParamGroup, build_optimizer, fused_rows
 from vila2.train.packing import PackedBatch, pack
 
@@ -38,6 +39,7 @@ def main() -> None:
     args = parser.parse_args()
 
     set_threads(args.threads)
+    keep_freed_memory()
     loaded = load_checkpoint(args.checkpoint, dtype=torch.float32)
     model, config = loaded.model.requires_grad_(True), loaded.config
     initial = {name: value.clone() for name, value in model.state_dict().items()}

@@ -19,6 +19,13 @@ inline void copy_padded(const T* from, float* to, int64_t count, int64_t stride)
   for (int64_t i = (count + kLanes - 1) / kLanes * kLanes; i < stride; i += kLanes) store(to + i, zero());
 }
 
+// A row of keys or values, on its way to the cache.
+template <class T>
+inline void fetch(const T* line, int64_t stride) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < stride; i += kLine) __builtin_prefetch(line + i);
+}
+
 // ROWS queries against groups of four keys; every score is one chain over the dimension, then one tree of
 // sums.
 template <int ROWS, int GROUPS, class T>
@@ -53,7 +60,7 @@ inline void score(const float* queries, int64_t stride, const T* const* keys, fl
 // sums += weights @ values for ROWS rows and VECS vectors of the dimension.
 template <int ROWS, int VECS, class T>
 inline void accumulate(const float* weights, const T* const* values, int64_t count, int64_t d, float* sums,
-                       int64_t stride) {
+                       int64_t stride, const T* const* next) {
   Vec total[ROWS][VECS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) {
@@ -61,14 +68,15 @@ inline void accumulate(const float* weights, const T* const* values, int64_t cou
     for (int c = 0; c < VECS; ++c) total[r][c] = load(sums + r * stride + d + c * kLanes);
   }
   for (int64_t j = 0; j < count; ++j) {
-    Vec value[VECS];
+    if (next) fetch(next[j], stride);
+    Vec weight[ROWS];  // with one value at a time, 3 x 4 sums just fit into 16 registers
 #pragma GCC unroll 4
-    for (int c = 0; c < VECS; ++c) value[c] = load(values[j] + d + c * kLanes);
+    for (int r = 0; r < ROWS; ++r) weight[r] = splat(weights[r * kKeyTile + j]);
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) {
-      const Vec weight = splat(weights[r * kKeyTile + j]);
+    for (int c = 0; c < VECS; ++c) {
+      const Vec value = load(values[j] + d + c * kLanes);
 #pragma GCC unroll 4
-      for (int c = 0; c < VECS; ++c) total[r][c] = fma(weight, value[c], total[r][c]);
+      for (int r = 0; r < ROWS; ++r) total[r][c] = fma(weight[r], value, total[r][c]);
     }
   }
 #pragma GCC unroll 4
@@ -79,26 +87,32 @@ inline void accumulate(const float* weights, const T* const* values, int64_t cou
 }
 
 template <int ROWS, class T>
-inline void score_rows(const AttentionScratch& s, int64_t row, const T* const* keys, int64_t count) {
+inline void score_rows(const AttentionScratch& s, int64_t row, const T* const* keys, int64_t count,
+                       const T* const* next) {
   const float* queries = s.queries + row * s.stride;
   float* scores = s.scores + row * kKeyTile;
   int64_t j = 0;
   if (ROWS == 1) {
     for (; j + 4 < count; j += 8) score<1, 2>(queries, s.stride, keys + j, scores + j);
   }
-  for (; j < count; j += 4) score<ROWS, 1>(queries, s.stride, keys + j, scores + j);
+  for (; j < count; j += 4) {
+    for (int64_t i = j; next && i < j + 4; ++i) fetch(next[i], s.stride);
+    score<ROWS, 1>(queries, s.stride, keys + j, scores + j);
+  }
 }
 
 template <int ROWS, class T>
-inline void accumulate_rows(const AttentionScratch& s, int64_t row, const T* const* values, int64_t count) {
+inline void accumulate_rows(const AttentionScratch& s, int64_t row, const T* const* values, int64_t count,
+                            const T* const* next) {
   const float* weights = s.scores + row * kKeyTile;
   float* sums = s.sums + row * s.stride;
   int64_t d = 0;
   for (; d + 4 * kLanes <= s.stride; d += 4 * kLanes)
-    accumulate<ROWS, 4>(weights, values, count, d, sums, s.stride);
+    accumulate<ROWS, 4>(weights, values, count, d, sums, s.stride, d ? nullptr : next);
   for (; d + 2 * kLanes <= s.stride; d += 2 * kLanes)
-    accumulate<ROWS, 2>(weights, values, count, d, sums, s.stride);
-  for (; d < s.stride; d += kLanes) accumulate<ROWS, 1>(weights, values, count, d, sums, s.stride);
+    accumulate<ROWS, 2>(weights, values, count, d, sums, s.stride, d ? nullptr : next);
+  for (; d < s.stride; d += kLanes)
+    accumulate<ROWS, 1>(weights, values, count, d, sums, s.stride, d ? nullptr : next);
 }
 
 // Scores of one row to weights; keys from `visible` on are masked. Rescales the row's running sums.
@@ -128,52 +142,66 @@ inline void soften(const AttentionScratch& s, int64_t row, int64_t visible, floa
   }
 }
 
+// A few rows read each key once and would wait for it: while they compute the scores the values are fetched,
+// and meanwhile the `next` keys (null: none).
 template <class T>
 inline void attend_keys(const AttentionScratch& s, int64_t rows, int64_t heads, int64_t first_visible,
-                        const T* const* keys, const T* const* values, int64_t count, float scale) {
+                        const T* const* keys, const T* const* values, int64_t count, float scale,
+                        const T* const* next) {
+  const T* const* soon = rows <= 3 ? values : nullptr;
   int64_t row = 0;
-  for (; row + 3 <= rows; row += 3) score_rows<3>(s, row, keys, count);
-  if (rows - row == 2) score_rows<2>(s, row, keys, count);
-  if (rows - row == 1) score_rows<1>(s, row, keys, count);
+  for (; row + 3 <= rows; row += 3) score_rows<3>(s, row, keys, count, soon);
+  if (rows - row == 2) score_rows<2>(s, row, keys, count, soon);
+  if (rows - row == 1) score_rows<1>(s, row, keys, count, soon);
   for (row = 0; row < rows; ++row) {
     const int64_t visible = first_visible + row / heads;
     soften(s, row, visible < count ? visible : count, scale);
   }
   row = 0;
-  for (; row + 3 <= rows; row += 3) accumulate_rows<3>(s, row, values, count);
-  if (rows - row == 2) accumulate_rows<2>(s, row, values, count);
-  if (rows - row == 1) accumulate_rows<1>(s, row, values, count);
+  for (; row + 3 <= rows; row += 3) accumulate_rows<3>(s, row, values, count, next);
+  if (rows - row == 2) accumulate_rows<2>(s, row, values, count, next);
+  if (rows - row == 1) accumulate_rows<1>(s, row, values, count, next);
 }
 
-inline void attend_tile(const AttentionJob& job, const AttentionTile& tile, const AttentionScratch& s,
-                        int64_t first, int64_t count) {
-  const int64_t kv_head = tile.head / (job.heads / job.kv_heads);
-  int64_t offsets[kKeyTile];
-  for (int64_t j = 0; j < kKeyTile; ++j) {
-    const int64_t at =
-        first + (j < count ? j : count - 1);  // groups of four may run past the last key: repeat it
-    const int64_t block = tile.block_table[at / job.block_size];
-    offsets[j] = ((block * job.kv_heads + kv_head) * job.block_size + at % job.block_size) * job.dim;
+// Where the keys from `first` on lie in the cache. Groups of four may run past the last one: it is repeated.
+inline void find_keys(const AttentionJob& job, const AttentionTile& tile, int64_t kv_head, int64_t first,
+                      int64_t count, int64_t* offsets) {
+  const int32_t* block = tile.block_table + first / job.block_size;
+  int64_t slot = first % job.block_size;
+  for (int64_t j = 0; j < count; ++block, slot = 0) {
+    int64_t at = ((*block * job.kv_heads + kv_head) * job.block_size + slot) * job.dim;
+    for (; slot < job.block_size && j < count; ++slot, at += job.dim) offsets[j++] = at;
   }
+  for (int64_t j = count; j < kKeyTile; ++j) offsets[j] = offsets[count - 1];
+}
+
+// `offsets` of this tile's keys, and of the next one's (null: there is none).
+inline void attend_tile(const AttentionJob& job, const AttentionTile& tile, const AttentionScratch& s,
+                        int64_t first, int64_t count, const int64_t* offsets, const int64_t* next) {
   const int64_t rows = tile.tokens * tile.heads;
   const int64_t first_visible = tile.position + 1 - first;
   // log2(e) goes into the scale: the softmax is taken in powers of two.
   const float scale = job.scale * kLog2e;
-  const float *keys[kKeyTile], *values[kKeyTile];
+  const float *keys[kKeyTile], *values[kKeyTile], *next_keys[kKeyTile];
+  if (rows > 3) next = nullptr;
   if (job.cache_storage == Storage::kFloat32 && s.stride == job.dim) {
     for (int64_t j = 0; j < kKeyTile; ++j) {
       keys[j] = static_cast<const float*>(job.k_cache) + offsets[j];
       values[j] = static_cast<const float*>(job.v_cache) + offsets[j];
+      if (next) next_keys[j] = static_cast<const float*>(job.k_cache) + next[j];
     }
   } else if (job.cache_storage == Storage::kBfloat16 && s.stride == job.dim && rows <= 3) {
-    const bf16 *narrow_keys[kKeyTile], *narrow_values[kKeyTile];
+    const bf16 *narrow_keys[kKeyTile], *narrow_values[kKeyTile], *narrow_next[kKeyTile];
     for (int64_t j = 0; j < kKeyTile; ++j) {
       narrow_keys[j] = static_cast<const bf16*>(job.k_cache) + offsets[j];
       narrow_values[j] = static_cast<const bf16*>(job.v_cache) + offsets[j];
+      if (next) narrow_next[j] = static_cast<const bf16*>(job.k_cache) + next[j];
     }
-    attend_keys(s, rows, tile.heads, first_visible, narrow_keys, narrow_values, count, scale);
+    attend_keys(s, rows, tile.heads, first_visible, narrow_keys, narrow_values, count, scale,
+                next ? narrow_next : nullptr);
     return;
   } else {
+    next = nullptr;  // rows are widened one after another: the hardware sees them coming
     for (int64_t j = 0; j < kKeyTile; ++j) {
       const int64_t line = j < count ? j : count - 1;
       keys[j] = s.keys + line * s.stride;
@@ -193,7 +221,7 @@ inline void attend_tile(const AttentionJob& job, const AttentionTile& tile, cons
       }
     }
   }
-  attend_keys(s, rows, tile.heads, first_visible, keys, values, count, scale);
+  attend_keys(s, rows, tile.heads, first_visible, keys, values, count, scale, next ? next_keys : nullptr);
 }
 
 template <class T>
@@ -217,8 +245,15 @@ void attention_rows(const AttentionJob& job, const AttentionTile& tile, float* s
     s.totals[row] = 0.f;
   }
   const int64_t context = tile.position + tile.tokens;
-  for (int64_t first = 0; first < context; first += kKeyTile) {
-    attend_tile(job, tile, s, first, context - first < kKeyTile ? context - first : kKeyTile);
+  const int64_t kv_head = tile.head / (job.heads / job.kv_heads);
+  const auto keys_at = [&](int64_t first) { return context - first < kKeyTile ? context - first : kKeyTile; };
+  int64_t places[2][kKeyTile];
+  find_keys(job, tile, kv_head, 0, keys_at(0), places[0]);
+  for (int64_t first = 0, turn = 0; first < context; first += kKeyTile, turn = 1 - turn) {
+    const int64_t next = first + kKeyTile;
+    if (next < context) find_keys(job, tile, kv_head, next, keys_at(next), places[1 - turn]);
+    attend_tile(job, tile, s, first, keys_at(first), places[turn],
+                next < context ? places[1 - turn] : nullptr);
   }
   for (int64_t row = 0; row < rows; ++row) {
     T* out = static_cast<T*>(job.out) +

@@ -109,9 +109,11 @@ void quantize(const QuantizeJob& job, int64_t row, int64_t row_end, float* scrat
   }
 }
 
-// ROWS rows against PANELS panels, scales and bias applied, to `y` (rows y_stride apart).
+// ROWS rows against PANELS panels, scales and bias applied, to `y` (rows y_stride apart). Weights are fetched
+// `ahead` bytes before they are needed.
 template <int ROWS, int PANELS, class Weights>
-inline void multiply_bytes(const ByteLinearJob& job, int64_t row, int64_t panel, float* y, int64_t y_stride) {
+inline void multiply_bytes(const ByteLinearJob& job, int64_t row, int64_t panel, int64_t ahead, float* y,
+                           int64_t y_stride) {
   constexpr int kInts = PANELS * kPanelInts;
   const int64_t stride = job.x.stride, panel_size = stride * kBytePanel;
   const uint8_t* x = job.x.bytes + row * stride;
@@ -129,7 +131,7 @@ inline void multiply_bytes(const ByteLinearJob& job, int64_t row, int64_t panel,
     for (int c = 0; c < kInts; ++c) {
       const int8_t* at =
           panels + c / kPanelInts * panel_size + k * kBytePanel + c % kPanelInts * kLanes * kByteGroup;
-      if (ROWS <= 3 && c % kPanelInts == 0) __builtin_prefetch(at + kPrefetch);
+      if (c % kPanelInts == 0) __builtin_prefetch(at + ahead);
       load_weights(at, weights[c]);
     }
 #pragma GCC unroll 12
@@ -183,40 +185,44 @@ inline void finish_row(const ByteLinearJob& job, int64_t row, int64_t column, in
 }
 
 template <int ROWS, int PANELS, class Weights>
-inline void byte_tile(const ByteLinearJob& job, int64_t row, int64_t panel) {
+inline void byte_tile(const ByteLinearJob& job, int64_t row, int64_t panel, int64_t ahead) {
   constexpr int64_t kWidth = PANELS * kBytePanel;
   const int64_t column = panel * kBytePanel, left = job.columns - column;
   if (job.finish == Finish::kNone && left >= kWidth) {
-    multiply_bytes<ROWS, PANELS, Weights>(job, row, panel, job.y + row * job.columns + column, job.columns);
+    multiply_bytes<ROWS, PANELS, Weights>(job, row, panel, ahead, job.y + row * job.columns + column,
+                                          job.columns);
     return;
   }
   float tile[ROWS * kWidth];
-  multiply_bytes<ROWS, PANELS, Weights>(job, row, panel, tile, kWidth);
+  multiply_bytes<ROWS, PANELS, Weights>(job, row, panel, ahead, tile, kWidth);
   for (int r = 0; r < ROWS; ++r) {
     finish_row(job, row + r, column, left < kWidth ? left : kWidth, tile + r * kWidth);
   }
 }
 
-// Panels that a tile of so many rows takes side by side: as many sums as the registers hold.
+// Panels that a tile of so many rows takes side by side: as many sums as the registers hold, where sums wait
+// for one another. Elsewhere one panel, whose weights come as a single stream.
 constexpr int byte_panels(int rows) {
+  if (rows > 1 && !kSumsWait) return 1;
   const int fit = kByteSums / (rows * kPanelInts);
   return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
 }
 
 template <int ROWS, class Weights>
-inline void byte_rows(const ByteLinearJob& job, int64_t row, int64_t panel, int64_t panel_end) {
+inline void byte_rows(const ByteLinearJob& job, int64_t row, int64_t panel, int64_t panel_end,
+                      int64_t ahead) {
   constexpr int kSide = byte_panels(ROWS);
-  for (; panel + kSide <= panel_end; panel += kSide) byte_tile<ROWS, kSide, Weights>(job, row, panel);
-  for (; panel < panel_end; ++panel) byte_tile<ROWS, 1, Weights>(job, row, panel);
+  for (; panel + kSide <= panel_end; panel += kSide) byte_tile<ROWS, kSide, Weights>(job, row, panel, ahead);
+  for (; panel < panel_end; ++panel) byte_tile<ROWS, 1, Weights>(job, row, panel, ahead);
 }
 
 // Up to kByteTileRows rows against panels [panel, panel_end).
 template <class Weights>
 inline void byte_rows_of(int64_t rows, const ByteLinearJob& job, int64_t row, int64_t panel,
-                         int64_t panel_end) {
-#define VILA2_ROWS(n)                                                                    \
-  case n:                                                                                \
-    if constexpr (n <= kByteTileRows) byte_rows<n, Weights>(job, row, panel, panel_end); \
+                         int64_t panel_end, int64_t ahead) {
+#define VILA2_ROWS(n)                                                                           \
+  case n:                                                                                       \
+    if constexpr (n <= kByteTileRows) byte_rows<n, Weights>(job, row, panel, panel_end, ahead); \
     return
   switch (rows) {
     VILA2_ROWS(1);
@@ -242,11 +248,12 @@ inline void byte_linear_panels(const ByteLinearJob& job, int64_t row, int64_t ro
   // Panels side by side as the full tile takes them, each group against all rows: the group stays in a cache.
   constexpr int64_t kSide = byte_panels(kByteTileRows);
   const int64_t group = tiles > 1 ? kSide : panel_end - panel;
+  const int64_t ahead = tiles > 1 ? kSide * job.x.stride * kBytePanel : rows == 1 ? kPrefetch : kPrefetchFar;
   for (; panel < panel_end; panel += group) {
     const int64_t last = panel + group < panel_end ? panel + group : panel_end;
     for (int64_t tile = 0, at = row; tile < tiles; ++tile) {
       const int64_t count = (rows - 1 - tile) / tiles + 1;  // of even height
-      byte_rows_of<Weights>(count, job, at, panel, last);
+      byte_rows_of<Weights>(count, job, at, panel, last, tile == 0 ? ahead : 0);
       at += count;
     }
   }

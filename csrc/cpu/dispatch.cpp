@@ -34,8 +34,8 @@ struct Choice {
 
 // The best first. A table that this build has not got is null.
 std::vector<Choice> choices() {
-  const Features cpu = features();
 #if defined(VILA2_X86)
+  const Features cpu = features();
 #if defined(VILA2_AVX2_VNNI)
   const Kernels* avx2_vnni = &kAvx2Vnni;
 #else

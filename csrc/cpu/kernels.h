@@ -152,6 +152,8 @@ struct Kernels {
   void (*quantize)(const QuantizeJob& job, int64_t row, int64_t row_end, float* scratch);  // of a row's width
   void (*byte_linear)(const ByteLinearJob& job, int64_t row, int64_t row_end, int64_t panel,
                       int64_t panel_end);
+  // The place of the first number above `limit`, or `count`; NaN is above nothing.
+  int64_t (*first_above)(const float* row, int64_t count, float limit);
   const TrainKernels* train;
   const ResizeKernels* resize;
 };

@@ -40,6 +40,7 @@ extern const Kernels kAvx2Vnni = {
     attention,
     quantize,
     byte_linear,
+    first_above,
     &kTrain,
     &kResize,
 };

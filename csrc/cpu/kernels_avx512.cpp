@@ -39,6 +39,7 @@ extern const Kernels kAvx512 = {
     attention,
     quantize,
     byte_linear,
+    first_above,
     &kTrain,
     &kResize,
 };

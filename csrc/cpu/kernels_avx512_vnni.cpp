@@ -40,6 +40,7 @@ extern const Kernels kAvx512Vnni = {
     attention,
     quantize,
     byte_linear,
+    first_above,
     &kTrain,
     &kResize,
 };

@@ -38,6 +38,7 @@ extern const Kernels kScalar = {
     attention,
     quantize,
     byte_linear,
+    first_above,
     &kTrain,
     &kResize,
 };

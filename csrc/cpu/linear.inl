@@ -6,8 +6,9 @@
 // other, so no output bit depends on them.
 
 constexpr int kPanel = 2 * kLanes;
-constexpr int kPrefetch =
-    512;  // bytes ahead: a single row streams weights faster than the hardware fetches them
+// Bytes that weights are fetched ahead: a few rows stream them faster than the hardware foresees, and more
+// rows would otherwise compute and wait in turns.
+constexpr int kPrefetch = 512, kPrefetchFar = 2048;
 
 inline void load_weights(const float* p, Vec& low, Vec& high) {
   low = load(p);
@@ -34,10 +35,11 @@ void pack(const float* weight, int64_t columns, int64_t depth, void* panels, Sto
 }
 
 // ROWS rows of x against PANELS panels over `depth` steps. The sums start from `start` (rows start_stride
-// apart; null is zero), which is the bias, or y itself after an earlier block of the depth.
-template <int ROWS, int PANELS, class T>
-inline void multiply(const float* x, int64_t x_stride, const T* panels, int64_t panel_stride, int64_t depth,
-                     const float* start, int64_t start_stride, float* y, int64_t y_stride) {
+// apart; null is zero), which is the bias, or y itself after an earlier block of the depth. Meanwhile the
+// weights at `next` (of type U) are fetched, a row of them a step.
+template <int ROWS, int PANELS, class T, class U>
+inline void multiply(const float* x, int64_t x_stride, const T* panels, int64_t panel_stride, const U* next,
+                     int64_t depth, const float* start, int64_t start_stride, float* y, int64_t y_stride) {
   Vec sums[ROWS][2 * PANELS];
 #pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r) {
@@ -48,10 +50,11 @@ inline void multiply(const float* x, int64_t x_stride, const T* panels, int64_t 
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     Vec weights[2 * PANELS];
+    if (PANELS == 1) __builtin_prefetch(next + k * kPanel);
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; ++p) {
       const T* row = panels + p * panel_stride + k * kPanel;
-      if (ROWS <= 3) __builtin_prefetch(reinterpret_cast<const char*>(row) + kPrefetch);
+      if (PANELS > 1) __builtin_prefetch(reinterpret_cast<const char*>(row) + kPrefetch);
       load_weights(row, weights[2 * p], weights[2 * p + 1]);
     }
 #pragma GCC unroll 12
@@ -68,14 +71,14 @@ inline void multiply(const float* x, int64_t x_stride, const T* panels, int64_t 
   }
 }
 
-template <int PANELS, class T>
-inline void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const T* panels,
-                          int64_t panel_stride, int64_t depth, const float* start, int64_t start_stride,
-                          float* y, int64_t y_stride) {
-#define VILA2_ROWS(n)                                                                                     \
-  case n:                                                                                                 \
-    if constexpr (n <= kTileRows)                                                                         \
-      multiply<n, PANELS, T>(x, x_stride, panels, panel_stride, depth, start, start_stride, y, y_stride); \
+template <class T, class U>
+inline void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const T* panel, const U* next,
+                          int64_t depth, const float* start, int64_t start_stride, float* y,
+                          int64_t y_stride) {
+#define VILA2_ROWS(n)                                                                       \
+  case n:                                                                                   \
+    if constexpr (n <= kTileRows)                                                           \
+      multiply<n, 1>(x, x_stride, panel, 0, next, depth, start, start_stride, y, y_stride); \
     return
   switch (rows) {
     VILA2_ROWS(1);
@@ -94,10 +97,11 @@ inline void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const 
 #undef VILA2_ROWS
 }
 
-// One panel, over [depth_start, depth_start + depth) of the depth, for `rows` rows in tiles of even height.
-template <class T>
-inline void multiply_panel(const LinearJob& job, int64_t row, int64_t rows, const T* weights, int64_t panel,
-                           int64_t depth_start, int64_t depth) {
+// One panel, over [depth_start, depth_start + depth) of the depth, for `rows` rows in tiles of even height;
+// the first of them fetches `next`.
+template <class T, class U>
+inline void multiply_panel(const LinearJob& job, int64_t row, int64_t rows, const T* weights, const U* next,
+                           int64_t panel, int64_t depth_start, int64_t depth) {
   const int64_t column = panel * kPanel;
   const int64_t columns = job.columns - column < kPanel ? job.columns - column : kPanel;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
@@ -108,12 +112,16 @@ inline void multiply_panel(const LinearJob& job, int64_t row, int64_t rows, cons
     const float* start = depth_start ? y : job.bias ? job.bias + column : nullptr;
     const int64_t start_stride = depth_start ? job.columns : 0;
     if (columns == kPanel) {
-      multiply_rows<1>(count, x, job.depth, weights, 0, depth, start, start_stride, y, job.columns);
+      if (tile == 0) {
+        multiply_rows(count, x, job.depth, weights, next, depth, start, start_stride, y, job.columns);
+      } else {
+        multiply_rows(count, x, job.depth, weights, weights, depth, start, start_stride, y, job.columns);
+      }
     } else {  // the last columns: through a whole tile beside y
       float part[kTileRows * kPanel] = {};
       for (int64_t r = 0; start && r < count; ++r)
         for (int64_t c = 0; c < columns; ++c) part[r * kPanel + c] = start[r * start_stride + c];
-      multiply_rows<1>(count, x, job.depth, weights, 0, depth, part, kPanel, part, kPanel);
+      multiply_rows(count, x, job.depth, weights, weights, depth, part, kPanel, part, kPanel);
       for (int64_t r = 0; r < count; ++r)
         for (int64_t c = 0; c < columns; ++c) y[r * job.columns + c] = part[r * kPanel + c];
     }
@@ -148,13 +156,14 @@ inline void linear_panels(const LinearJob& job, int64_t row, int64_t row_end, in
       float* y = job.y + row * job.columns + column;
       const T* weights = panels + panel * panel_size;
       if (rows == 1 && left >= 4) {
-        multiply<1, 4>(x, job.depth, weights, panel_size, job.depth, start, 0, y, job.columns);
+        multiply<1, 4>(x, job.depth, weights, panel_size, weights, job.depth, start, 0, y, job.columns);
         panel += 4;
-      } else if (rows <= 3 && left >= 2) {
-        multiply_rows<2>(rows, x, job.depth, weights, panel_size, job.depth, start, 0, y, job.columns);
+      } else if (rows == 2 && left >= 2) {
+        multiply<2, 2>(x, job.depth, weights, panel_size, weights, job.depth, start, 0, y, job.columns);
         panel += 2;
       } else {
-        multiply_panel(job, row, rows, weights, panel, 0, job.depth);
+        const char* next = reinterpret_cast<const char*>(weights) + kPrefetchFar;
+        multiply_panel(job, row, rows, weights, reinterpret_cast<const T*>(next), panel, 0, job.depth);
         panel += 1;
       }
     }
@@ -164,10 +173,11 @@ inline void linear_panels(const LinearJob& job, int64_t row, int64_t row_end, in
     const int64_t depth = job.depth - k < kDepthBlock ? job.depth - k : kDepthBlock;
     for (int64_t p = panel; p < panel_end; ++p) {
       const T* weights = panels + p * panel_size + k * kPanel;
+      const T* next = p + 1 < panel_end ? weights + panel_size : weights;
       if (rows > 2 * kTileRows) {
-        multiply_panel(job, row, rows, as_float(weights, depth, scratch), p, k, depth);
+        multiply_panel(job, row, rows, as_float(weights, depth, scratch), next, p, k, depth);
       } else {
-        multiply_panel(job, row, rows, weights, p, k, depth);
+        multiply_panel(job, row, rows, weights, next, p, k, depth);
       }
     }
   }

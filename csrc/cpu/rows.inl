@@ -158,3 +158,20 @@ void rope_store(const RopeJob& job, int64_t token, int64_t token_end) {
     (cache32 ? rope_store_tokens<bf16, float> : rope_store_tokens<bf16, bf16>)(job, token, token_end);
   }
 }
+
+int64_t first_above(const float* row, int64_t count, float limit) {
+  const Vec most = splat(limit);
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    const unsigned any = above(load(row + i), most) | above(load(row + i + kLanes), most) |
+                         above(load(row + i + 2 * kLanes), most) | above(load(row + i + 3 * kLanes), most);
+    if (any) break;
+  }
+  for (; i + kLanes <= count; i += kLanes) {
+    if (const unsigned lanes = above(load(row + i), most)) return i + __builtin_ctz(lanes);
+  }
+  for (; i < count; ++i) {
+    if (row[i] > limit) return i;
+  }
+  return count;
+}

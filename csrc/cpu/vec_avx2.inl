@@ -54,6 +54,10 @@ inline float largest(Vec v) {
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
+// A bit for each lane of `a` that is above `b`'s.
+inline unsigned above(Vec a, Vec b) {
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+}
 inline void store_sums4(float* out, Vec a, Vec b, Vec c, Vec d) {
   const Vec pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
@@ -83,11 +87,13 @@ inline void load_weights(const int8_t* p, NarrowWeights& w) {
   w.bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 #if defined(__AVXVNNI__)
+constexpr bool kSumsWait = true;    // five cycles from one product to the next
 typedef NarrowWeights WideWeights;  // nothing saturates on the way
 inline void add_dot4(Ints& sum, Ints x, const NarrowWeights& w) {
   sum = _mm256_dpbusd_avx_epi32(sum, x, w.bytes);
 }
 #else
+constexpr bool kSumsWait = false;  // one addition
 struct WideWeights {
   __m256i even, odd;
 };

@@ -45,6 +45,8 @@ inline Vec power_of_two(Vec integral) {  // 2^n for n in [-127, 128]; 0 at -127
 }
 inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 inline float largest(Vec v) { return _mm512_reduce_max_ps(v); }
+// A bit for each lane of `a` that is above `b`'s.
+inline unsigned above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 inline void store_sums4(float* out, Vec a, Vec b, Vec c, Vec d) {
   out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
 }
@@ -53,6 +55,7 @@ inline void store_sums4(float* out, Vec a, Vec b, Vec c, Vec d) {
 
 constexpr int kByteSums = 24;  // vectors of sums in a tile
 constexpr int kByteTileRows = 12;
+constexpr bool kSumsWait = true;
 
 typedef __m512i Ints;
 struct NarrowWeights {

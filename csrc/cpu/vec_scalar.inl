@@ -54,6 +54,11 @@ inline float largest(Vec v) {
   const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
   return a > b ? a : b;
 }
+// A bit for each lane of `a` that is above `b`'s.
+inline unsigned above(Vec a, Vec b) {
+  const IntVec is_above = a > b;
+  return (is_above[0] & 1u) | (is_above[1] & 2u) | (is_above[2] & 4u) | (is_above[3] & 8u);
+}
 inline void store_sums4(float* out, Vec a, Vec b, Vec c, Vec d) {
   out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
 }
@@ -62,6 +67,7 @@ inline void store_sums4(float* out, Vec a, Vec b, Vec c, Vec d) {
 
 constexpr int kByteSums = 8;  // vectors of sums in a tile
 constexpr int kByteTileRows = 2;
+constexpr bool kSumsWait = true;
 
 typedef IntVec Ints;
 struct NarrowWeights {

@@ -8,9 +8,9 @@ from pathlib import Path
 from tests.e2e import harness, sources
 from tests.e2e.harness import start, vila2_fast, wait_for
 
-COUNT = 20
+COUNT = 60  # many more than a process holds in flight, which it finishes when it is asked to stop
 OPTIONS = (
-    "--max-new-tokens", "80", "--ignore-eos", "--deterministic", "--temperature", "0.8", "--seed", "3",
+    "--max-new-tokens", "40", "--ignore-eos", "--deterministic", "--temperature", "0.8", "--seed", "3",
     "--batch-size", "1", "--rows-per-part", "1",
 )  # fmt: skip
 

@@ -24,6 +24,10 @@ ON_CUDA = {
 }
 
 
+# What steps and caches of the two short runs of a quality check take on a card beside the weights.
+_BUILD_BYTES = 6 << 30
+
+
 @dataclass(frozen=True, slots=True)
 class ComputePlan:
     """How a precision is carried out on a device: the model's type, the packed weights' (if any), the cache's.
@@ -91,11 +95,16 @@ def resolve_device_for(device: str, precision: str) -> str:
     return resolved
 
 
-def builds_on(precision: str) -> str:
-    """The device on which an engine of this precision is made and measured: cuda where it can run there, else cpu."""
+def builds_on(precision: str, num_parameters: int) -> str:
+    """The device on which an engine of this precision is made and measured: cuda where it can run there and the card
+    has room for the model in float32, which it is compared with; else cpu.
+    """
     if precision not in ON_CUDA or not torch.cuda.is_available():
         return "cpu"
-    return "cpu" if precision == "fp8" and fp8_lack() is not None else "cuda"
+    if precision == "fp8" and fp8_lack() is not None:
+        return "cpu"
+    # A quarter more for the rows that products meet, and for what a search of scales holds.
+    return "cuda" if torch.cuda.mem_get_info()[0] >= 5 * num_parameters + _BUILD_BYTES else "cpu"
 
 
 def resolve_device(device: str) -> str:

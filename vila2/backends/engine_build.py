@@ -107,7 +107,7 @@ def build_engine(
     """
     out = Path(out).absolute()
     info = inspect_checkpoint(path)
-    device = builds_on(precision)
+    device = builds_on(precision, info.num_parameters)
     if not HAS_KERNELS and precision not in ON_CUDA:
         raise UsageError(
             "vila2._C is not built here, or is older than this source: install vila2-fast with a C++17 compiler"

@@ -39,6 +39,7 @@ MIN_IN_LINE = (
     8  # requests beyond those that the servers take: enough to tell a server that fails from requests that do
 )
 IDLE_S = 0.01  # how long to wait for an answer before asking the source again
+FULL_S = 0.1  # the same while nothing more may be sent: only an answer changes that
 _TOO_LONG = re.compile(r"context|too long|too many tokens|max_model_len|maximum.{0,20}length", re.IGNORECASE)
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "repetition": FinishReason.REPETITION}
 
@@ -98,7 +99,8 @@ class HttpCaptioner:
                     error = self._send(request)
                     if error is not None:
                         yield _failed(request, error)
-                yield from self._collect()
+                is_full = exhausted or len(self._under_way) >= self._room()
+                yield from self._collect(FULL_S if is_full else IDLE_S)
         finally:
             for sent in self._under_way.values():
                 sent.future.cancel()
@@ -134,9 +136,9 @@ class HttpCaptioner:
         future.add_done_callback(lambda _: finished.put(request.id))
         return None
 
-    def _collect(self) -> Iterator[Caption]:
+    def _collect(self, wait_s: float) -> Iterator[Caption]:
         """The captions that are there, after a moment's wait for the first."""
-        take: Callable[[], int] = partial(self._finished.get, timeout=IDLE_S)
+        take: Callable[[], int] = partial(self._finished.get, timeout=wait_s)
         while True:
             try:
                 number = take()

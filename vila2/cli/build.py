@@ -1,4 +1,4 @@
-"""`vila2-fast build`: a checkpoint packed for this machine, measured against float32; or a TensorRT-LLM engine."""
+"""`vila2-fast build`: a checkpoint packed for CPU or GPU, measured against float32; or a TensorRT-LLM engine."""
 
 import json
 import sys
@@ -110,14 +110,17 @@ def build(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Pack CHECKPOINT into the engine directory --out, for the CPU, and measure it against float32.
+    """Pack CHECKPOINT into the engine directory --out and measure it against float32.
 
     `recaption --model DIR` and `vila2.load(DIR)` then start at once: weights are mapped, and processes share them.
+    int8, bf16 and float32 are for the CPU here. fp8 and int4 are for GPUs, and built on any machine: int4 is scaled by
+    what the calibration images show, and where there is no GPU the measurement emulates it.
     With --backend trtllm the engine is TensorRT-LLM's, for the GPU here: `recaption --engine DIR` runs it.
 
     \b
     vila2-fast build VILA1.5-3b/ --precision int8 --out engines/vila-3b-int8
     vila2-fast build VILA1.5-3b/ --out engines/vila-3b-int8 --calibration photos/
+    vila2-fast build VILA1.5-8b/ --precision fp8 --out engines/vila-8b-fp8
     vila2-fast build VILA1.5-8b/ --backend trtllm --precision fp8
     """
     if backend == "trtllm":

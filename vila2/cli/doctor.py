@@ -77,7 +77,13 @@ def _uses(extension: dict[str, Any], has_gpu: bool) -> dict[str, str]:
         "--backend http": "any OpenAI-compatible server"
         if find_spec("httpx")
         else "needs httpx (extra http)",
+        "serve": "ready" if not (lacking := _lacking_for_serve()) else f"needs {lacking} (extra serve)",
     }
+
+
+def _lacking_for_serve() -> str:
+    names = ("starlette", "uvicorn", "prometheus_client")
+    return ", ".join(name for name in names if find_spec(name) is None)
 
 
 def _tensorrt_llm() -> str:

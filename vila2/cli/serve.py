@@ -125,7 +125,7 @@ _OPENING = (
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "float32", "bf16", "int8"]),
+    type=click.Choice(["auto", "float32", "bf16", "int8", "fp8", "int4"]),
     default="auto",
     help="[auto: bf16, or the engine's own]",
 )

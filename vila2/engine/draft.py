@@ -3,12 +3,16 @@
 A draft is a hint. It decides how many tokens a step verifies and never which tokens a sequence has. Here is its
 bookkeeping alone: where the output stands in the draft, and how likely the tokens after that place are. A place is
 confirmed by matching tokens and lost with the first that does not match; then the newest tokens are looked up in the
-draft, and where they do not occur the lost token is taken to stand for one of the draft's.
+draft, and where they do not occur the lost token is taken to stand for one of the draft's. Where the draft is not to
+be trusted, or has nothing, the run's phrases may know better (`Line`).
 """
 
 from collections import defaultdict
 from collections.abc import Sequence as Seq
 from collections.abc import Set
+from typing import NamedTuple
+
+from vila2.engine.phrases import MAX_CONTEXT, SHARES, Phrases
 
 MAX_MATCH = 4  # tokens before a place that are compared; more say nothing new
 # How far from its expected place a match of so many tokens is believed: a lone comma proves little.
@@ -26,21 +30,43 @@ _SEQUENCE_MEMORY = 0.97  # a step: a sequence without luck tries one token again
 _SEQUENCE_WEIGHT = 1.0  # tokens
 
 
+class Grounds(NamedTuple):
+    """Why a token is guessed: acceptance is learnt for each of these.
+
+    `matched`: tokens before it that match the draft, None where the draft has no part in the guess. `context`, `share`:
+    of the phrase (see `Successor`), 0 where none is known. `agree`: whether the two name the same token.
+    """
+
+    matched: int | None
+    context: int = 0
+    share: int = 0
+    agree: bool = False
+
+    @property
+    def prior(self) -> float:
+        """How likely such a token is right, before it is measured."""
+        if self.matched is None:
+            return 0.1 + 0.4 * self.share / SHARES
+        by_draft = _PRIOR[self.matched]
+        if not self.context:
+            return by_draft
+        return 1 - (1 - by_draft) / 2 if self.agree else 0.8 * by_draft
+
+
 class Acceptance:
-    """How likely a drafted token is right, by the number of matched tokens before it: learnt from a whole run."""
+    """How likely a guessed token is right, by the grounds for it: learnt from a whole run."""
 
     def __init__(self) -> None:
-        self._right = [prior * _PRIOR_WEIGHT for prior in _PRIOR]
-        self._tried = [_PRIOR_WEIGHT] * len(_PRIOR)
+        self._right: dict[Grounds, float] = {}
+        self._tried: dict[Grounds, float] = {}
 
-    def __getitem__(self, num_matched: int) -> float:
-        place = min(num_matched, MAX_MATCH)
-        return self._right[place] / self._tried[place]
+    def __getitem__(self, grounds: Grounds) -> float:
+        right = self._right.get(grounds, 0.0) + _PRIOR_WEIGHT * grounds.prior
+        return right / (self._tried.get(grounds, 0.0) + _PRIOR_WEIGHT)
 
-    def learn(self, num_matched: int, *, right: bool) -> None:
-        place = min(num_matched, MAX_MATCH)
-        self._right[place] = self._right[place] * _RUN_MEMORY + right
-        self._tried[place] = self._tried[place] * _RUN_MEMORY + 1
+    def learn(self, grounds: Grounds, *, right: bool) -> None:
+        self._right[grounds] = self._right.get(grounds, 0.0) * _RUN_MEMORY + right
+        self._tried[grounds] = self._tried.get(grounds, 0.0) * _RUN_MEMORY + 1
 
 
 class Draft:
@@ -57,6 +83,7 @@ class Draft:
         self._places: dict[int, list[int]] = defaultdict(list)
         for place, token in enumerate(self.tokens):
             self._places[token].append(place)
+        self.line: Line | None = None  # the guesses of the newest step
         self._right = self._expected = 0.0  # accepted tokens, and how many the run's acceptance foretold
 
     @property
@@ -79,7 +106,7 @@ class Draft:
 
     def _look_up(self, output: Seq[int], end: int) -> None:
         """Find the place after the tokens before `output[end]`: the longest match, the nearest among equals."""
-        expected = self._after(output[end - 1])
+        expected = self.after(self.next, output[end - 1])
         best = (0, 0, expected)
         for place in self._places.get(output[end - 1], ()):
             length = 1
@@ -91,13 +118,11 @@ class Draft:
                 best = max(best, (length, -distance, place + 1))
         self.num_matched, _, self.next = best
 
-    def _after(self, token: int) -> int:
-        """Where the output goes on if `token` stands for what the draft has next: one word for another."""
-        if not self._is_start(token) and (
-            self.next == len(self.tokens) or self._is_start(self.tokens[self.next])
-        ):
-            return self.next  # the output's word is longer than the draft's
-        place = min(self.next + 1, len(self.tokens))
+    def after(self, place: int, token: int) -> int:
+        """Where the output goes on if `token` stands for what the draft has at `place`: one word for another."""
+        if not self._is_start(token) and (place == len(self.tokens) or self._is_start(self.tokens[place])):
+            return place  # the output's word is longer than the draft's
+        place = min(place + 1, len(self.tokens))
         while place < len(self.tokens) and not self._is_start(self.tokens[place]):
             place += 1
         return place
@@ -112,6 +137,61 @@ class Draft:
         # Tokens after the first wrong one say nothing.
         for ahead in range(min(num_tried, num_right + 1)):
             right = ahead < num_right
+            grounds = (
+                self.line.grounds[ahead] if self.line else Grounds(min(self.num_matched + ahead, MAX_MATCH))
+            )
             self._right += right
-            self._expected += acceptance[self.num_matched + ahead]
-            acceptance.learn(self.num_matched + ahead, right=right)
+            self._expected += acceptance[grounds]
+            acceptance.learn(grounds, right=right)
+        self.line = None
+
+
+class Line:
+    """The likeliest tokens after `tail`, by a draft and the run's phrases, made one by one as they are wanted.
+
+    At each place the two are asked, and the likelier one has it. A phrase's token stands for the draft's from there on.
+    """
+
+    def __init__(self, draft: Draft, tail: Seq[int], phrases: Phrases | None, acceptance: Acceptance) -> None:
+        self._draft, self._phrases, self._acceptance = draft, phrases, acceptance
+        self._tail = list(tail[-MAX_CONTEXT:])
+        self._place, self._matched = draft.next, draft.num_matched
+        self.tokens: list[int] = []
+        self.grounds: list[Grounds] = []
+        self.chances: list[float] = []  # that each is right if those before it are
+
+    def reach(self, count: int) -> bool:
+        """Make `count` guesses; False if there are not so many."""
+        while len(self.tokens) < count:
+            guesses = self._guesses()
+            if not guesses:
+                return False
+            chance, token, grounds = max(guesses)
+            self.tokens.append(token)
+            self.grounds.append(grounds)
+            self.chances.append(chance)
+            self._go_on(token)
+        return True
+
+    def _guesses(self) -> list[tuple[float, int, Grounds]]:
+        written = self._draft.tokens[self._place] if self._place < len(self._draft.tokens) else None
+        known = self._phrases.after(self._tail) if self._phrases else None
+        matched = min(self._matched, MAX_MATCH)
+        if known is None:
+            found = [] if written is None else [(written, Grounds(matched))]
+        elif known.token == written:
+            found = [(written, Grounds(matched, known.context, known.share, True))]
+        else:
+            found = [(known.token, Grounds(None, known.context, known.share))]
+            if written is not None:
+                found.append((written, Grounds(matched, known.context, known.share)))
+        return [(self._acceptance[grounds], token, grounds) for token, grounds in found]
+
+    def _go_on(self, token: int) -> None:
+        self._tail = [*self._tail[-MAX_CONTEXT + 1 :], token]
+        tokens = self._draft.tokens
+        if self._place < len(tokens) and tokens[self._place] == token:
+            self._place += 1
+            self._matched += 1
+        else:
+            self._place, self._matched = self._draft.after(self._place, token), 0

@@ -18,7 +18,7 @@ from vila2.engine.cuda_graphs import DecodeBursts
 from vila2.engine.overlap import Ahead
 from vila2.engine.repetition import find_loop, new_runs, update_runs
 from vila2.engine.runner import ModelRunner
-from vila2.engine.sampler import sample_tokens
+from vila2.engine.sampler import choose_tokens
 from vila2.engine.scheduler import Chunk, Scheduler, Step
 from vila2.engine.sequence import EngineRequest, Finished, Sequence, start_sequence
 from vila2.engine.slots import Slots
@@ -66,7 +66,7 @@ class Counters:
     loops_cut: int = 0
     vision_s: float = 0.0
     language_s: float = 0.0
-    sample_s: float = 0.0
+    sample_s: float = 0.0  # the head over the vocabulary, and the choice among it
     retreats: int = 0  # times that memory ran out and batches were made smaller
     probe_s: float = 0.0  # measuring what a step costs, once, when the first draft comes
 
@@ -182,11 +182,11 @@ class Engine:
         start = time.perf_counter()
         self.runner.copy(step.copies)
         embeddings = [self._embeddings(chunk.sequence) for chunk in step.chunks]
-        logits = self.runner.run(step.chunks, embeddings)
+        hidden = self.runner.run(step.chunks, embeddings)
         wanting = [chunk for chunk in step.chunks if chunk.wants_logits]
         self.runner.copy(self.scheduler.advance(step))
         after_language = time.perf_counter()
-        tokens = sample_tokens(logits, wanting, self.eos_ids)
+        tokens = choose_tokens(self.model.decoder, hidden, wanting, self.eos_ids)
         finished = [
             end for chunk, new in zip(wanting, tokens, strict=True) if (end := self._extend(chunk, new))
         ]
@@ -270,8 +270,8 @@ class Engine:
         lengths = self.speculator.plan(chunks, room, self.limits.max_batch_tokens)
         for i, length in enumerate(lengths):
             draft = chunks[i].sequence.draft
-            if length and draft is not None:
-                chunks[i] = self.scheduler.with_draft(chunks[i], draft.ahead(length))
+            if length and draft is not None and draft.line is not None:
+                chunks[i] = self.scheduler.with_draft(chunks[i], draft.line.tokens[:length])
 
     def _draft_room(self, chunk: Chunk) -> int:
         """The most drafted tokens that the chunk can take: one token more always follows them."""
@@ -282,8 +282,7 @@ class Engine:
             sequence.request.sampling.max_new_tokens - sequence.num_new_tokens,
             self.max_total_tokens() - len(sequence.tokens),
         )
-        room = min(left - 1, self.limits.max_draft, self.scheduler.room_ahead(chunk))
-        return len(sequence.draft.ahead(max(room, 0)))
+        return max(0, min(left - 1, self.limits.max_draft, self.scheduler.room_ahead(chunk)))
 
     def _knows_step_cost(self) -> bool:
         """Measure it now if it is not known and a block is free to do so; False if none is."""

@@ -56,11 +56,13 @@ class Ahead:
         self.runner.copy(step.copies)
         self.slots.take([chunk.sequence for chunk in chunks])
         sequences = [chunk.sequence for chunk in chunks if chunk.wants_logits]
+        new: Tensor | None = None
         if count:
             new = self.bursts.launch(sequences, count)
         else:
-            logits = self.runner.run(chunks, embeddings, self.slots.newest)
-            new = self._sample(logits, sequences) if sequences else None
+            hidden = self.runner.run(chunks, embeddings, self.slots.newest)
+            if sequences:  # none where a prompt comes in parts
+                new = self._sample(self.runner.model.decoder.logits(hidden).float(), sequences)
         self.runner.copy(scheduler.advance(step))
         if new is not None:
             self._take_off(sequences, new)

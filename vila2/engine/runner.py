@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vila2.engine.blocks import BlockCopy
 from vila2.engine.gpu_memory import out_of_memory
+from vila2.engine.sampler import best_tokens
 from vila2.engine.scheduler import Chunk
 from vila2.engine.vision_stream import VisionStream
 from vila2.errors import UsageError
@@ -85,7 +86,8 @@ class ModelRunner:
         """Compute the chunks. `embeddings[i]` holds the visual tokens of each image of chunk i.
 
         With `newest`, a decoding sequence's newest token is read there on the device, at the sequence's slot, and the
-        host waits for nothing. Returns the logits (n, vocabulary) after the last `num_logits` rows of each chunk.
+        host waits for nothing. Returns the final hidden states (n, hidden) of the last
+        `num_logits` rows of each chunk.
         """
         hidden = self._embed(chunks, embeddings, newest)
         hidden = self.model.decoder(hidden, self._attend(chunks))
@@ -93,7 +95,7 @@ class ModelRunner:
         rows = [
             row for end, chunk in zip(ends, chunks, strict=True) for row in range(end - chunk.num_logits, end)
         ]
-        return self.model.decoder.logits(hidden[self.upload(np.array(rows, dtype=np.int64))]).float()
+        return hidden if len(rows) == len(hidden) else hidden[self.upload(np.array(rows, dtype=np.int64))]
 
     def upload(self, array: NDArray[Any]) -> Tensor:
         """The array on the device, for launches from here on; the host does not wait for the copy."""
@@ -114,7 +116,7 @@ class ModelRunner:
             starts=np.arange(rows + 1, dtype=np.int32),
             contexts=np.full(rows, context, dtype=np.int32),
         )
-        self.model.decoder.logits(self.model.decoder(hidden, attend)).argmax(-1).tolist()
+        best_tokens(self.model.decoder, self.model.decoder(hidden, attend))
 
     def clear_memory(self) -> None:
         """Give back what torch keeps for later."""

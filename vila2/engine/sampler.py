@@ -6,6 +6,7 @@ draw there: output is the same with and without a draft, sampled or greedy.
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from vila2.engine.scheduler import Chunk
 from vila2.engine.sequence import Sequence
+from vila2.model.decoder import Decoder
+from vila2.ops.top import MOST_TOP
+from vila2.types import SamplingParams
 
 _MASK = (1 << 64) - 1
 _HEAD = 512  # tokens
@@ -29,32 +33,107 @@ def uniform(key: int, step: int) -> float:
     return float(((state ^ (state >> 31)) >> 11) / (1 << 53))
 
 
+def choose_tokens(
+    decoder: Decoder, hidden: Tensor, chunks: Seq[Chunk], eos_ids: frozenset[int]
+) -> list[list[int]]:
+    """`sample_tokens` of the scores of `hidden` (rows, hidden), which are made only where they are wanted.
+
+    Greedy and top-k decoding want a few of the best. Which way a sequence goes depends on its own request alone, so
+    its tokens do not depend on who else is in the batch.
+    """
+    if not decoder.finds_top:
+        return sample_tokens(decoder.logits(hidden).float(), chunks, eos_ids)
+    spans = _spans(chunks)
+    some = [i for i, chunk in enumerate(chunks) if _num_wanted(chunk.sequence.request.sampling)]
+    every = [i for i in range(len(chunks)) if not _num_wanted(chunks[i].sequence.request.sampling)]
+    chosen: list[list[int]] = [[] for _ in chunks]
+    if some:
+        rows = [row for i in some for row in spans[i]]
+        here = hidden if len(some) == len(chunks) else hidden[rows]
+        for i, tokens in zip(some, _from_top(decoder, here, [chunks[i] for i in some], eos_ids), strict=True):
+            chosen[i] = tokens
+    if every:
+        logits = decoder.logits(hidden[[row for i in every for row in spans[i]]]).float()
+        for i, tokens in zip(every, sample_tokens(logits, [chunks[i] for i in every], eos_ids), strict=True):
+            chosen[i] = tokens
+    return chosen
+
+
+def best_tokens(decoder: Decoder, hidden: Tensor) -> list[int]:
+    """The greedy choice of each row of `hidden`."""
+    if not decoder.finds_top:
+        return list(decoder.logits(hidden).argmax(-1).tolist())
+    none = torch.empty(0, dtype=torch.int64)
+    _, tokens = decoder.top(hidden, 1, none, torch.zeros(len(hidden), dtype=torch.uint8))
+    return list(tokens[:, 0].tolist())
+
+
+def _num_wanted(sampling: SamplingParams) -> int:
+    """How many of the best scores decide the next token; 0 if all may."""
+    if sampling.temperature == 0:
+        return 1
+    return sampling.top_k if sampling.top_k <= MOST_TOP else 0
+
+
+def _spans(chunks: Seq[Chunk]) -> list[range]:
+    """The rows of each chunk: one for each drafted token, and one more."""
+    ends = list(accumulate(1 + len(chunk.draft) for chunk in chunks))
+    return [range(end - 1 - len(chunk.draft), end) for chunk, end in zip(chunks, ends, strict=True)]
+
+
+def _num_held_back(chunk: Chunk) -> int:
+    """Rows of the chunk, the first ones, after which the sequence must not end."""
+    sampling, count = chunk.sequence.request.sampling, 1 + len(chunk.draft)
+    early = sampling.min_new_tokens - chunk.sequence.num_new_tokens
+    return count if sampling.ignore_eos else min(max(early, 0), count)
+
+
+def _from_top(
+    decoder: Decoder, hidden: Tensor, chunks: Seq[Chunk], eos_ids: frozenset[int]
+) -> list[list[int]]:
+    size = decoder.config.vocab_size
+    held_back = torch.zeros(len(hidden), dtype=torch.uint8)
+    spans = _spans(chunks)
+    wanted = 1
+    for chunk, span in zip(chunks, spans, strict=True):
+        held_back[span.start : span.start + _num_held_back(chunk)] = 1
+        wanted = max(wanted, _num_wanted(chunk.sequence.request.sampling))
+    values, tokens = decoder.top(hidden, min(wanted, size), torch.tensor(sorted(eos_ids)).long(), held_back)
+    best: list[int] = tokens[:, 0].tolist()
+    chosen = []
+    for chunk, span in zip(chunks, spans, strict=True):
+        sampling = chunk.sequence.request.sampling
+        if sampling.temperature > 0:
+            scaled = (values[span.start : span.stop, : sampling.top_k] / sampling.temperature).double()
+            ways = torch.softmax(scaled, dim=-1)
+            drawn = (
+                _draw(ways[ahead], tokens[row, : sampling.top_k], chunk.sequence, ahead)
+                for ahead, row in enumerate(span)
+            )
+            chosen.append(_agreed(drawn, chunk.draft))
+        else:
+            chosen.append(_agreed((best[row] for row in span), chunk.draft))
+    return chosen
+
+
 def sample_tokens(logits: Tensor, chunks: Seq[Chunk], eos_ids: frozenset[int]) -> list[list[int]]:
     """The next tokens after each chunk: the start of its draft that the model agrees with, and one more.
 
     `logits` (sum of the drafts' lengths plus one, vocabulary) may be changed.
     """
-    counts = [1 + len(chunk.draft) for chunk in chunks]
+    spans = _spans(chunks)
     ends = sorted(eos_ids)
-    row = 0
-    for chunk, count in zip(chunks, counts, strict=True):
-        sampling = chunk.sequence.request.sampling
-        early = sampling.min_new_tokens - chunk.sequence.num_new_tokens
-        held_back = count if sampling.ignore_eos else min(max(early, 0), count)
-        if ends and held_back:
-            logits[row : row + held_back, ends] = -torch.inf
-        row += count
+    for chunk, span in zip(chunks, spans, strict=True):
+        if ends and (held_back := _num_held_back(chunk)):
+            logits[span.start : span.start + held_back, ends] = -torch.inf
     best: list[int] = logits.argmax(-1).tolist()
     chosen = []
-    row = 0
-    for chunk, count in zip(chunks, counts, strict=True):
-        rows = range(row, row + count)
+    for chunk, span in zip(chunks, spans, strict=True):
         if chunk.sequence.request.sampling.temperature > 0:
-            tokens = _agreed((sample_row(logits[r], chunk.sequence, r - row) for r in rows), chunk.draft)
+            drawn = (sample_row(logits[row], chunk.sequence, ahead) for ahead, row in enumerate(span))
+            chosen.append(_agreed(drawn, chunk.draft))
         else:
-            tokens = _agreed((best[r] for r in rows), chunk.draft)
-        chosen.append(tokens)
-        row = rows.stop
+            chosen.append(_agreed((best[row] for row in span), chunk.draft))
     return chosen
 
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from vila2.engine.draft import Acceptance, Draft
+from vila2.engine.draft import Acceptance, Line
+from vila2.engine.phrases import Phrases
 from vila2.engine.scheduler import Chunk
 from vila2.engine.sequence import Sequence
 
@@ -101,13 +102,20 @@ def _last_slope(rows: list[int], seconds: list[float]) -> float:
 
 @dataclass(slots=True)
 class Speculator:
-    """Decides on draft lengths, and learns from what became of them. `cost` is None until it has been measured."""
+    """Decides on draft lengths, and learns from what became of them. `cost` is None until it has been measured.
+
+    `phrases` None: drafts are all there is to guess from.
+    """
 
     cost: StepCost | None = None
     acceptance: Acceptance = field(default_factory=Acceptance)
+    phrases: Phrases | None = field(default_factory=Phrases)
 
     def plan(self, chunks: Seq[Chunk], room: Seq[int], max_rows: int) -> list[int]:
-        """How many drafted tokens each chunk verifies: at most `room`, and at most `max_rows` rows in all."""
+        """How many guesses each chunk verifies: at most `room`, and at most `max_rows` rows in all.
+
+        The guesses are left in the drafts (`Draft.line`).
+        """
         assert self.cost is not None
         lengths = [0] * len(chunks)
         rows = sum(chunk.num_tokens for chunk in chunks)
@@ -119,8 +127,11 @@ class Speculator:
         heap: list[tuple[float, int]] = []
         for i, chunk in enumerate(chunks):
             draft = chunk.sequence.draft
-            if draft is not None and chunk.wants_logits and room[i] > 0:
-                heapq.heappush(heap, (-self._chance(draft, 0), i))
+            if draft is None or not chunk.wants_logits or room[i] <= 0:
+                continue
+            draft.line = Line(draft, chunk.sequence.tokens, self.phrases, self.acceptance)
+            if draft.line.reach(1):
+                heapq.heappush(heap, (-draft.luck * draft.line.chances[0], i))
         best = seconds / expected
         added: list[int] = []
         num_best = 0
@@ -140,19 +151,18 @@ class Speculator:
                 best, num_best = seconds / expected, len(added)
             draft = chunks[i].sequence.draft
             assert draft is not None
-            if lengths[i] < room[i]:
-                heapq.heappush(heap, (chance * self._chance(draft, lengths[i]), i))
+            assert draft.line is not None
+            if lengths[i] < room[i] and draft.line.reach(lengths[i] + 1):
+                heapq.heappush(heap, (chance * draft.luck * draft.line.chances[lengths[i]], i))
         for i in added[num_best:]:
             lengths[i] -= 1
         return lengths
-
-    def _chance(self, draft: Draft, ahead: int) -> float:
-        """That the token `ahead` of the next is right if those before it are."""
-        return draft.luck * self.acceptance[draft.num_matched + ahead]
 
     def learn(self, sequence: Sequence, num_tried: int, num_right: int, num_new: int) -> None:
         """Note a step of a sequence that has `num_new` tokens more now."""
         if sequence.draft is None:
             return
         sequence.draft.learn(self.acceptance, num_tried, num_right)
+        if self.phrases is not None:
+            self.phrases.note(sequence.tokens, num_new)
         sequence.draft.follow(sequence.output, num_new)

@@ -117,7 +117,7 @@ def _scaled_mm(values: Tensor, scales: Tensor, weight: Fp8Weight, dtype: torch.d
         values.reshape(-1, weight.depth),
         weight.values.t(),
         scale_a=scales.reshape(-1, 1),
-        scale_b=weight.scales[None],
+        scale_b=weight.scales.view(1, -1),
         bias=weight.bias,
         out_dtype=dtype,
     )

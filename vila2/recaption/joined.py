@@ -18,11 +18,16 @@ from vila2.types import Status
 class Life:
     """One device's work: what its dead processes have committed, and how far the living one is."""
 
-    total_images: int = 0  # to do when the first process began
-    left_images: int = 0  # still to do, by the latest that was heard
+    total_images: (
+        int  # to do, as the supervisor counted it and then the first process, which knows what is redone
+    )
+    left_images: int = field(init=False)  # still to do, by the latest that was heard
     buried: Tally = field(default_factory=Tally)
     progress: Progress | None = None
     _is_new: bool = True
+
+    def __post_init__(self) -> None:
+        self.left_images = self.total_images
 
     def update(self, message: Mapping[str, Any]) -> None:
         """Take the living process's progress."""

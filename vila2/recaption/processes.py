@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -78,7 +78,13 @@ def run_on_devices(
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         )
         workers = [
-            _Worker(device, settings_of(settings, number, list(devices), cores), cut, command)
+            _Worker(
+                device,
+                settings_of(settings, number, list(devices), cores),
+                cut,
+                command,
+                Life(cut.num_pending),
+            )
             for number, (device, cut) in enumerate(zip(devices, cuts, strict=True))
         ]
         return _Supervisor(
@@ -97,7 +103,7 @@ class _Worker:
     settings: RecaptionSettings
     cut: Cut
     command: Sequence[str]
-    life: Life = field(default_factory=Life)
+    life: Life
     process: "subprocess.Popen[bytes] | None" = None
     is_over: bool = False
     summary: dict[str, Any] | None = None
@@ -132,12 +138,7 @@ class _Worker:
         assert process.stderr is not None
         order = {
             "settings": self.settings.model_dump(mode="json", by_alias=True),
-            "cut": {
-                "first": self.cut.first,
-                "stop": self.cut.stop,
-                "rank": self.cut.rank,
-                "world_size": self.cut.world_size,
-            },
+            "cut": asdict(self.cut),
         }
         listener = threading.Thread(
             target=self._listen, args=(process, process.stdout, messages), daemon=True

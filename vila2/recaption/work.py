@@ -32,6 +32,7 @@ class Cut:
     stop: int
     rank: int = 0
     world_size: int = 1
+    num_pending: int = 0  # samples that lack a prompt, when the cut was made
 
 
 class Plan:
@@ -104,7 +105,8 @@ def cut_share(
     """This rank's share in `count` cuts without overlap, with as many samples to do in each as in any other."""
     ranges = share_of(source, settings)
     todo = [len(done.pending(part.shard.name, part.start, part.stop, prompts)) for part in ranges]
-    starts = [sum(todo) * number // count for number in range(1, count)]
+    shares = [sum(todo) * number // count for number in range(count + 1)]
+    starts = shares[1:-1]
     places: list[int] = []
     offset = seen = 0
     for part, num_pending in zip(ranges, todo, strict=True):
@@ -116,7 +118,10 @@ def cut_share(
         seen += num_pending
     places += [offset] * (count - 1 - len(places))  # nothing is left to do for these
     bounds = [0, *places, offset]
-    return [Cut(first, stop, settings.rank, settings.world_size) for first, stop in pairwise(bounds)]
+    return [
+        Cut(first, stop, settings.rank, settings.world_size, end - start)
+        for (first, stop), (start, end) in zip(pairwise(bounds), pairwise(shares), strict=True)
+    ]
 
 
 def _clip(ranges: Sequence[ShardRange], first: int, stop: int) -> list[ShardRange]:

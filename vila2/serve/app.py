@@ -237,8 +237,8 @@ def make_app(
     """The application. `key` None lets everybody in; with one, only /health is open."""
     check = KeyCheck(key)
     captioner = desk.captioner
-    # Beyond what the engine takes, another batch of images that is decoded and waits.
-    parallel = captioner.room + captioner.engine.limits.vision_batch
+    # As many again as the engine takes: while answers and requests travel, the next are decoded and wait.
+    parallel = 2 * captioner.room
     longest = captioner.engine.max_total_tokens()
     entry = model_entry(model, captioner.model_digest, int(time.time()), longest, parallel)
 

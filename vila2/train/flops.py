@@ -116,14 +116,20 @@ def _tiles_per_stored(config: ModelConfig) -> int:
 def measured_ceiling(dtype: torch.dtype, threads: int, device: str = "cpu", seconds: float = 1.0) -> float:
     """Operations a second of torch's matrix product of this type: the best of squares of several sizes.
 
-    Runs for about `seconds` on `threads` threads (of the CPU) and leaves the number of threads as it was.
+    Runs for about `seconds` on `threads` threads (of the CPU) and leaves the number of threads as it was. Where a type
+    is so slow that a larger square alone would take longer (bfloat16 on a CPU without it), the smaller ones decide.
     """
     before = torch.get_num_threads()
     if device == "cpu":
         set_threads(threads)
     try:
-        sides = (1024, 1536, 2048) if device == "cpu" else (4096, 8192)
-        return max(_product_rate(side, dtype, device, seconds / len(sides)) for side in sides)
+        sides = (512, 1024, 1536, 2048) if device == "cpu" else (4096, 8192)
+        best = _product_rate(sides[0], dtype, device, seconds / len(sides))
+        for side in sides[1:]:
+            if 2.0 * side**3 / best > seconds:
+                break
+            best = max(best, _product_rate(side, dtype, device, seconds / len(sides)))
+        return best
     finally:
         if device == "cpu":
             set_threads(before)

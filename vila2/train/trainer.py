@@ -12,7 +12,7 @@ from vila2.errors import UsageError
 from vila2.ops.threads import set_threads
 from vila2.recaption.interrupt import Interrupts
 from vila2.train.flops import measured_ceiling
-from vila2.train.machine import chosen_precision, chosen_threads, dtype_of
+from vila2.train.machine import chosen_precision, chosen_threads, dtype_of, keep_freed_memory
 from vila2.train.progress import StageSummary, TrainProgress
 from vila2.train.recipe import Recipe
 from vila2.train.run_folder import RunFolder
@@ -98,6 +98,7 @@ class Trainer:
     def _machine(self, processes: Processes) -> Machine:
         threads = chosen_threads(self.recipe.threads)
         set_threads(threads)
+        keep_freed_memory()
         precision = chosen_precision(self.recipe.precision, processes.device)
         ceiling = None
         if self.recipe.measure_ceiling:

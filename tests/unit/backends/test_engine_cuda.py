@@ -134,7 +134,10 @@ def test_what_a_card_lacks_is_said(monkeypatch):
         plan_compute("cuda", "fp8", False, False)
     assert plan_compute("cuda", "int4", False, False).low_bits == "int4"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [compute.builds_on(precision) for precision in ("fp8", "int4", "int8")] == ["cpu", "cuda", "cpu"]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 << 30, 80 << 30))
+    where = [compute.builds_on(precision, 8 * 10**9) for precision in ("fp8", "int4", "int8")]
+    assert where == ["cpu", "cuda", "cpu"]
+    assert compute.builds_on("int4", 34 * 10**9) == "cpu"  # no room for 34 billion parameters in float32
     with pytest.raises(UsageError, match="--deterministic does not go with --precision int4"):
         plan_compute("cuda", "int4", True, False)
 

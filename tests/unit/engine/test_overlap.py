@@ -66,6 +66,26 @@ def test_tokens_are_read_one_launch_late_and_are_the_same(llava, log):
     assert not ahead.engine.ahead.flights or not ahead.engine.num_unfinished
 
 
+def test_a_launch_asks_the_device_for_nothing(llava, monkeypatch):
+    """Every way in which Python reads a tensor's values would let the host wait for the device: a launch takes none."""
+    forbidden = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu", "nonzero")
+    launch, asked = Ahead.launch, []
+
+    def watched(self, *arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in forbidden:
+                patch.setattr(torch.Tensor, name, lambda *_, name=name: asked.append(name))
+            return launch(self, *arguments)
+
+    # The references read values as they please; the kernels that stand in for them on CUDA do not.
+    for module in ("vila2.engine.overlap", "vila2.engine.cuda_graphs"):
+        monkeypatch.setattr(f"{module}.sample", lambda logits, *_: logits.argmax(-1))
+        monkeypatch.setattr(f"{module}.append_tokens", lambda tokens, *_: torch.zeros_like(tokens).int())
+    monkeypatch.setattr(Ahead, "launch", watched)
+    captions(with_limits(llava, max_num_seqs=3, burst=4), SAMPLINGS)
+    assert asked == []
+
+
 def test_without_overlap_each_launch_is_read_at_once(llava, log):
     plain = captions(with_limits(llava, max_num_seqs=3), SAMPLINGS)
     assert captions(with_limits(llava, max_num_seqs=3, burst=4, overlap=False), SAMPLINGS) == plain

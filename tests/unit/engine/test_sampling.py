@@ -1,5 +1,8 @@
 """Sampling and loop detection, each against its definition."""
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vila2.engine.repetition import find_loop, find_loop_reference, new_runs, update_runs
-from vila2.engine.sampler import sample_row, sample_row_reference, sample_tokens, uniform
+from vila2.engine.sampler import (
+    best_tokens,
+    choose_tokens,
+    sample_row,
+    sample_row_reference,
+    sample_tokens,
+    uniform,
+)
 from vila2.engine.scheduler import Chunk
 from vila2.engine.sequence import EngineRequest, Sequence, start_sequence
+from vila2.ops.linear import Linear, pack
+from vila2.ops.native import native
+from vila2.ops.top import linear_top
 from vila2.types import RepetitionRule, SamplingParams
 
 
@@ -99,3 +112,52 @@ def test_the_head_of_a_long_vocabulary_gives_what_the_whole_gives(spread, top_p)
     for key in range(40):
         one = sequence(temperature=0.8, top_p=top_p, rng_key=key)
         assert sample_row(logits, one) == sample_row_reference(logits, one)
+
+
+class Head:
+    """A decoder that is a head and no more: `hidden` are its logits, with the columns that want to win moved up."""
+
+    def __init__(self, size: int) -> None:
+        self.lm_head = Linear(size, size, bias=False)
+        self.lm_head.set_packed(pack(torch.eye(size), None, torch.float32))
+        self.config = SimpleNamespace(vocab_size=size)
+        self.finds_top = True
+        self.num_whole = 0
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.num_whole += len(hidden)
+        return self.lm_head(hidden)
+
+    def top(self, hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return linear_top(hidden, self.lm_head, *rest)
+
+
+@pytest.mark.skipif(native is None, reason="vila2._C is not built")
+def test_the_best_scores_alone_give_the_tokens_of_all_scores():
+    """Greedy, top-k and whole-vocabulary sequences, drafted and not, together and alone."""
+    size = 700
+    head = Head(size)
+    samplings: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.7, "top_k": 5},
+        {"temperature": 1.3, "top_k": 128, "top_p": 0.8},
+        {"temperature": 1.0, "top_k": 129},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"min_new_tokens": 2},
+        {"ignore_eos": True, "temperature": 0.5, "top_k": 3},
+    ]
+    logits = torch.randn(3 * len(samplings), size, generator=torch.Generator().manual_seed(0))
+    logits[:, 9] += 4.0
+    best = logits.argmax(-1).tolist()
+    eos = frozenset({9, 11})
+    chunks = []
+    for i, sampling in enumerate(samplings):
+        one = sequence(rng_key=i, **sampling)
+        chunks.append(Chunk(one, len(one.tokens), draft=tuple(best[3 * i : 3 * i + 2])))
+    expected = sample_tokens(logits.clone(), chunks, eos)
+    assert choose_tokens(cast(Any, head), logits, chunks, eos) == expected
+    assert head.num_whole == 3 * 2  # of the two that all scores decide
+    for i, chunk in enumerate(chunks):
+        alone = choose_tokens(cast(Any, head), logits[3 * i : 3 * i + 3], [chunk], eos)
+        assert alone == expected[i : i + 1]
+    assert best_tokens(cast(Any, head), logits) == best

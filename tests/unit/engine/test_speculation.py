@@ -17,8 +17,9 @@ from tests.unit.engine.engines import another_engine, engine_requests, photo, wi
 from vila2.backends.native import NativeCaptioner
 from vila2.engine import speculation
 from vila2.engine.blocks import BlockPool
-from vila2.engine.draft import Acceptance, Draft
+from vila2.engine.draft import MAX_MATCH, Acceptance, Draft, Grounds, Line
 from vila2.engine.engine import Engine
+from vila2.engine.phrases import MAX_CONTEXT, SHARES, Phrases
 from vila2.engine.scheduler import Chunk, Scheduler
 from vila2.engine.sequence import EngineRequest, Finished, start_sequence
 from vila2.engine.speculation import MAX_DRAFT, Speculator, StepCost, measure_step_cost
@@ -270,11 +271,12 @@ def test_a_draft_does_not_care_in_which_pieces_output_comes(draft, output, size)
 
 def test_luck_and_acceptance_are_learnt_and_forgotten():
     acceptance = Acceptance()
-    at_first = acceptance[9]
+    sure = Grounds(MAX_MATCH)
+    at_first = acceptance[sure]
     good, bad = Draft(range(400)), Draft(range(400))
     for _ in range(200):
         good.learn(acceptance, 4, 4)
-    assert at_first < acceptance[9] > 0.97
+    assert at_first < acceptance[sure] > 0.97
     assert good.luck > 0.95
     for _ in range(10):
         bad.learn(acceptance, 2, 0)
@@ -282,6 +284,75 @@ def test_luck_and_acceptance_are_learnt_and_forgotten():
     for _ in range(120):
         bad.learn(acceptance, 0, 0)
     assert bad.luck > 0.8
+
+
+def test_phrases_know_what_came_most_often_after_the_longest_context():
+    phrases = Phrases()
+    assert phrases.after([1, 2]) is None
+    phrases.note([1, 2, 3, 4], 4)
+    assert phrases.after([9, 2]) == (3, 1, SHARES // 2)  # once is no proof
+    assert phrases.after([1, 2, 3]) == (4, 3, SHARES // 2)
+    phrases.note([7, 2, 5], 1)  # only what is new is learnt, with what comes before it
+    assert phrases.after([7]) is None
+    for _ in range(9):
+        phrases.note([1, 2, 3], 1)
+    assert phrases.after([2]) == (3, 1, SHARES * 10 // 12)
+    for _ in range(12):
+        phrases.note([0, 2, 8], 1)
+    assert phrases.after([2])[0] == 8
+    assert phrases.after([1, 2])[0] == 3  # a longer context goes before a shorter one
+
+
+def test_phrases_forget_a_generation_at_a_time_and_keep_what_is_used():
+    phrases = Phrases(most=30)
+    for token in range(2000):
+        phrases.note([token, token + 1], 1)
+        phrases.note([5, 6], 1)
+        assert len(phrases) <= 2 * 30
+    assert phrases.after([5]) == (6, 1, SHARES - 1)
+    assert phrases.after([100]) is None
+    assert phrases.after([1999]).token == 2000
+
+
+def test_a_line_takes_the_likelier_of_draft_and_phrases_and_goes_on_with_both():
+    starts = frozenset(range(10, 100))
+    draft = Draft([10, 11, 12, 13, 14, 15, 16], starts)
+    draft.follow([10, 50], 2)  # another word for 11: nothing is proved
+    phrases, acceptance = Phrases(), Acceptance()
+    alone = Line(draft, [10, 50], phrases, acceptance)
+    assert not alone.reach(6)
+    assert alone.tokens == [12, 13, 14, 15, 16]
+    assert [grounds.matched for grounds in alone.grounds] == [0, 1, 2, 3, MAX_MATCH]
+    for _ in range(20):  # that word has two more tokens, which phrases have learnt
+        phrases.note([50, 1, 2], 2)
+        acceptance.learn(Grounds(None, 1, SHARES - 1), right=True)
+        acceptance.learn(Grounds(None, 2, SHARES - 1), right=True)
+        acceptance.learn(Grounds(0, 1, SHARES - 1), right=False)
+    both = Line(draft, [10, 50], phrases, acceptance)
+    assert both.reach(7)
+    assert both.tokens == [1, 2, 12, 13, 14, 15, 16]
+    assert both.grounds[0] == Grounds(None, 1, SHARES - 1)
+    phrases.note([12, 13], 1)
+    agreed = Line(draft, [50], Phrases(), acceptance)
+    agreed._phrases = phrases
+    assert agreed.reach(4)
+    assert agreed.grounds[3].agree
+    assert all(0 < chance < 1 for chance in both.chances)
+    assert len(both.chances) == len(both.tokens)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 5))
+def test_phrases_do_not_care_in_which_pieces_output_comes(output, size):
+    whole, pieces = Phrases(), Phrases()
+    for place in range(len(output)):
+        whole.note(output[: place + 1], 1)
+    for start in range(0, len(output), size):
+        piece = output[start : start + size]
+        pieces.note(output[: start + len(piece)], len(piece))
+    for place in range(len(output)):
+        assert pieces.after(output[:place]) == whole.after(output[:place])
+    assert all(found is None or found.context <= MAX_CONTEXT for found in [whole.after(output)])
 
 
 def chunks_with(drafts: list[list[int]]) -> list[Chunk]:

@@ -1,9 +1,13 @@
 """FP8 and 4-bit weights by their definitions: how far rounding goes, what is packed where, what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vila2.ops.fp8 import FP8, fp8_lack, fp8_linear, fp8_linear_reference, quantize_fp8_weight
+from vila2.ops import fp8
+from vila2.ops.fp8 import FP8, Fp8Weight, fp8_lack, fp8_linear, fp8_linear_reference, quantize_fp8_weight
 from vila2.ops.int4 import GROUP, int4_linear, int4_linear_reference, quantize_int4_weight
 from vila2.ops.linear import Linear
 
@@ -113,3 +117,24 @@ def test_cards_without_fp8_are_named(capability, lacks, monkeypatch):
     assert lack == (
         "NVIDIA A100 has capability 8.0, FP8 products begin with 8.9 (Ada, Hopper)" if lacks else None
     )
+
+
+@pytest.mark.parametrize("rows", [(1,), (7,), (2, 300)], ids=str)
+def test_torch_takes_our_fp8_products(rows, monkeypatch):
+    """What `_scaled_mm` asks of shapes, strides and scales on CUDA, by torch's own rules, without a GPU."""
+    monkeypatch.setattr(fp8, "_capability", lambda device: (9, 0))
+    with FakeTensorMode():
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
+        values, scales = empty(*rows, 1152, dtype=FP8), empty(*rows)
+        for bias in (None, empty(4304, dtype=torch.bfloat16)):
+            weight = Fp8Weight(empty(4304, 1152, dtype=FP8), empty(4304), bias)
+            y = fp8.fp8_product(values, scales, weight, torch.bfloat16)
+            assert (tuple(y.shape), y.dtype, y.device.type) == ((*rows, 4304), torch.bfloat16, "cuda")
+        with pytest.raises(RuntimeError, match="scal"):  # the rules are there
+            fp8.fp8_product(values, scales, replace(weight, scales=empty(4303)), torch.bfloat16)
+        odd = Fp8Weight(empty(4304, 1150, dtype=FP8), empty(4304), None)
+        assert not fp8._is_rowwise(empty(*rows, 1150, dtype=FP8), odd, torch.bfloat16)
+        assert not fp8._is_rowwise(values, weight, torch.float32)

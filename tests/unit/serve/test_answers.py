@@ -253,7 +253,7 @@ def test_keys(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
             f"Bearer {key}x",
             f"Bearer {key[:-1]}",
             f"Basic {key}",
-            "Bearer ",
+            "Bearer",
             key,
             "Bearer \u00e4",
         ):
