@@ -138,7 +138,9 @@ def cached_engine(path: str | Path, precision: str) -> Path | None:
         digest = inspect_checkpoint(path).digest
         kind = precision if precision != "int8" else "int8-narrow" if wants_narrow() else "int8-wide"
         out = cache_folder() / "engines" / f"{digest}-{kind}-{__version__}"
-        build_engine(path, out, precision, calibration=_scenes(path) if precision == "int4" else None)
+        scenes = _scenes(path) if precision == "int4" else None
+        # Whoever opens the checkpoint has chosen the threads.
+        build_engine(path, out, precision, threads=torch.get_num_threads(), calibration=scenes)
         (out / USED_FILE).touch()
     except (OutputError, OSError, RuntimeError):  # RuntimeError: no home directory
         return None
