@@ -41,6 +41,8 @@ def vllm_server(peer: Environment, checkpoint: Path, args: argparse.Namespace) -
     environment = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by itself it takes all cores but one, whoever is busy on them
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CACHE_ROOT": str(CACHE / "vllm-cache"),
         "HF_HUB_OFFLINE": "1",
