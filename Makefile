@@ -135,10 +135,12 @@ nano: $(VENV)/.installed ## train nano again from nothing (hours), then its figu
 
 bench: $(MODEL)/model.safetensors ## the CPU benchmarks (about an hour of quiet machine); rows land in bench/results
 	@$(BIN)/python bench/bench_ops.py
+	@$(BIN)/python bench/bench_crossovers.py
 	@$(BIN)/python bench/bench_decode.py
 	@$(BIN)/python bench/bench_recaption.py $(MODEL)
 	@$(BIN)/python bench/bench_shared_prefix.py $(MODEL)
-	@$(BIN)/python bench/profile_step.py $(MODEL)
+	@for p in float32 bf16 int8; do $(BIN)/python bench/profile_step.py $(MODEL) --precision $$p; done
+	@for p in bf16 int8; do $(BIN)/python bench/bench_speculative.py $(MODEL) --precision $$p; done
 	@$(BIN)/python bench/bench_quality.py vila2/checkpoints/nano
 	@$(BIN)/python bench/bench_quality.py $(MODEL)
 	@$(BIN)/python bench/bench_memory.py

@@ -41,12 +41,23 @@ def vllm_server(peer: Environment, checkpoint: Path, args: argparse.Namespace) -
     environment = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by itself it takes all cores but one, whoever is busy on them
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CACHE_ROOT": str(CACHE / "vllm-cache"),
         "HF_HUB_OFFLINE": "1",
     }
-    command = [str(peer.folder / "bin" / "vllm"), "serve", str(peer.model(checkpoint))]
-    command += ["--served-model-name", "llava-small", "--host", "127.0.0.1", "--port", str(port)]
+    # Not the program `vllm`: it asks for the version of a package of that name, and this one is called vllm-cpu.
+    command = [str(peer.python), "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    command += [
+        str(peer.model(checkpoint)),
+        "--served-model-name",
+        "llava-small",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     command += ["--dtype", args.dtype, "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8"]
     command += ["--limit-mm-per-prompt", '{"image": 1}']
     with log.open("w", encoding="utf-8") as file:

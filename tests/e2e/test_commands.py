@@ -128,7 +128,7 @@ def test_errors_are_one_line_with_the_right_exit_code(tmp_path: Path, vila15: Pa
         ([*base[:2], "--model", tmp_path / "gone", *base[4:]], 1, "does not exist"),
         (["recaption", photos], 2, "missing out"),
         ([*base, "--max-new-tokens", "0"], 2, "max_new_tokens"),
-        ([*base, "--precision", "int4"], 2, "int4"),
+        ([*base, "--backend", "trtllm", "--precision", "int8"], 2, "does not run on the trtllm backend"),
         ([*base, "--prompt", "breif"], 2, "did you mean 'brief'"),
         ([*base, "--prompt-text", "a {b.c}"], 2, "fields are written"),
         ([*base, "--prompt-text", "a {nothing}"], 2, "first sample lacks"),

@@ -25,16 +25,16 @@ def test_killed_restarted_interrupted_and_resumed_gives_what_one_process_gives(
     reference = harness.captions(tmp_path / "one")
 
     out = tmp_path / "out"
-    arguments += ["--out", out, "--devices", "cpu:2", "--json"]
-    process = start(tmp_path, *arguments)
+    arguments += ["--out", out]
+    process = start(tmp_path, *arguments, "--devices", "cpu:2", "--json")
 
     def parts() -> int:
         return len(list(out.glob("parts/part-r00001-*.parquet")))
 
-    wait_for(lambda: parts() >= 1, 120)
+    wait_for(lambda: parts() >= 1, 170)  # a process loads torch first, on a machine that may be busy
     os.kill(json.loads((out / "locks/rank-00001.lock").read_text())["pid"], signal.SIGKILL)
     at_death = parts()
-    wait_for(lambda: parts() > at_death, 120)
+    wait_for(lambda: parts() > at_death, 170)
     process.send(signal.SIGINT)
     done = process.wait()
     events = [json.loads(line) for line in done.stdout.splitlines()]
@@ -49,7 +49,7 @@ def test_killed_restarted_interrupted_and_resumed_gives_what_one_process_gives(
     assert events[-1]["rows"] == len(early) < COUNT
     assert early.items() <= reference.items()
 
-    again = vila2_fast(tmp_path, *arguments)
+    again = vila2_fast(tmp_path, *arguments, "--threads", "1")  # any number of processes goes on, one too
     assert again.code == 0, again.stderr
     assert harness.captions(out) == reference
     assert vila2_fast(tmp_path, "verify", out).code == 0
@@ -58,7 +58,7 @@ def test_killed_restarted_interrupted_and_resumed_gives_what_one_process_gives(
 def test_a_wrong_request_is_one_line(tmp_path: Path, vila15: Path) -> None:
     photos = sources.write_folder(tmp_path / "photos", 2)
     base = ["recaption", photos, "--model", vila15, "--out", tmp_path / "out"]
-    for devices, message in (("cpu:x", "must be all, GPUs like 0,2,3"), ("0", "torch sees no GPU here")):
+    for devices, message in (("cpu:x", "must be all, GPUs like 0,2,3"), ("63", "torch sees")):
         done = vila2_fast(tmp_path, *base, "--devices", devices)
         assert (done.code, len(done.stderr.splitlines())) == (2, 1), done.stderr
         assert message in done.stderr

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -90,22 +91,30 @@ def sorted_rows(out: Path) -> list[dict[str, object]]:
 def test_the_rows_are_those_of_the_native_engine(
     tmp_path: Path, vila15: Path, photos: Path, sampled: bool
 ) -> None:
-    """Greedy and sampled, loops retried by the ladder, two prompts an image, PNG and JPEG as they come."""
-    asked = [*ASKED, "--send-format", "png"]
-    asked += ["--temperature", "0.8", "--top-p", "0.9", "--top-k", "40", "--seed", "5"] if sampled else []
+    """Greedily from files of all formats, sent as PNG; and sampled from JPEGs, sent as they are. Two prompts each."""
+    plain, form = list(ASKED), ["--send-format", "png"]
+    if sampled:
+        plain += ["--temperature", "0.8", "--top-p", "0.9", "--top-k", "40", "--seed", "5"]
+        form = []
+        whole, photos = photos, tmp_path / "jpegs"
+        photos.mkdir()
+        for number, file in enumerate(sorted(whole.rglob("*.jpg")) * COUNT):
+            if number < COUNT:
+                shutil.copy(file, photos / f"{number}.jpg")
     native, http = tmp_path / "native", tmp_path / "http"
-    plain = [word for word in asked if word not in ("--send-format", "png")]
     assert (
         vila2_fast(tmp_path, "recaption", photos, "--model", vila15, "--out", native, *MODEL, *plain).code
         == 0
     )
     with served(tmp_path, vila15, "--name", "ours") as server:
-        done = vila2_fast(tmp_path, *by_http(server.root, photos, http, *asked))
+        done = vila2_fast(tmp_path, *by_http(server.root, photos, http, *plain, *form))
         assert done.code == 0, done.stderr
         assert server.inside() == 0
     assert sorted_rows(http) == sorted_rows(native)
     assert len(sorted_rows(http)) == 2 * COUNT
-    digests = {json.loads((out / "manifest.json").read_text())["model_digest"] for out in (native, http)}
+    digests = {
+        json.loads((out / "manifest.json").read_text())["settings"]["model_digest"] for out in (native, http)
+    }
     assert len(digests) == 1
     names = [json.loads((out / "summary.json").read_text())["model"] for out in (native, http)]
     assert names == ["vila15", "ours"]

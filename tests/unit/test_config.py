@@ -44,7 +44,7 @@ def test_what_decides_captions_is_recorded_and_what_does_not_is_not() -> None:
         ({"max_new_tokens": 0}, ["max_new_tokens", "greater than or equal to 1", "got 0"]),
         ({"min_new_tokens": 300}, ["min_new_tokens 300", "256"]),
         ({"rank": 2, "world_size": 2}, ["rank 2", "world_size 2"]),
-        ({"precision": "int4"}, ["int4", "native", "float32, bf16 or int8"]),
+        ({"backend": "trtllm", "precision": "int8"}, ["int8", "trtllm", "bf16, fp8 or int4"]),
         ({"backend": "vllm"}, ["vllm", "native"]),
         ({"backend": "http"}, ["needs --base-url"]),
         ({"backend": "http", "base_url": "u", "template": "plain"}, ["template", "--backend http", "native"]),

@@ -50,9 +50,8 @@ class Desk:
 
     def __init__(self, captioner: NativeCaptioner, chat: ChatLimits, limits: DeskLimits) -> None:
         self.captioner, self.chat_limits, self.limits = captioner, chat, limits
-        self.engine = EngineThread(captioner, self._deliver, self._engine_failed)
+        self.engine = EngineThread(captioner, self._deliver)
         self.num_inside = 0
-        self.failed = asyncio.Event()
         self.is_closing = False
         self._bytes_inside = 0
         self._listeners: dict[int, asyncio.Future[Caption] | asyncio.Queue[News]] = {}
@@ -113,7 +112,12 @@ class Desk:
     async def prepare(self, body: bytes) -> Prepared:
         """Parse a body and decode its images. ApiError for whatever is wrong with it."""
         self._next_id += 1
-        return await self._loop.run_in_executor(self._pool, self._prepare, self._next_id, body)
+        try:
+            return await self._loop.run_in_executor(self._pool, self._prepare, self._next_id, body)
+        except ApiError:
+            raise
+        except Exception as error:  # no memory, most likely: it costs this request alone
+            raise ApiError(500, f"the request could not be prepared: {type(error).__name__}") from error
 
     def _prepare(self, number: int, body: bytes) -> Prepared:
         chat = parse_chat(body, self.chat_limits)
@@ -192,10 +196,6 @@ class Desk:
                 listener.put_nowait(one)
             elif listener is not None and one.caption is not None and not listener.done():
                 listener.set_result(one.caption)
-
-    def _engine_failed(self) -> None:
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self.failed.set)
 
 
 class _KeptImages:

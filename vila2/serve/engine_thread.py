@@ -33,17 +33,11 @@ class _Order:
 
 
 class EngineThread:
-    """Runs until `close`. Should the engine itself fail, `failure` says how, every request ends as an error, and
-    `on_failure` is called."""
+    """Runs until `close`. Should the engine itself fail, `failure` says how, and every request ends as an error."""
 
-    def __init__(
-        self,
-        captioner: NativeCaptioner,
-        deliver: Callable[[list[News]], None],
-        on_failure: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, captioner: NativeCaptioner, deliver: Callable[[list[News]], None]) -> None:
         self.failure = ""
-        self._captioner, self._deliver, self._on_failure = captioner, deliver, on_failure
+        self._captioner, self._deliver = captioner, deliver
         self._orders: SimpleQueue[_Order] = SimpleQueue()
         self._waiting: deque[_Order] = deque()
         self._under_way: set[int] = set()
@@ -156,7 +150,6 @@ class EngineThread:
         reason = SampleError(ErrorKind.ENGINE_ERROR, "the engine failed, and this server stops")
         numbers = [*self._under_way, *(order.request.id for order in self._waiting if order.request)]
         self._deliver([News(number, caption=failed(number, reason)) for number in numbers])
-        self._on_failure()
 
 
 def failed(number: int, error: SampleError) -> Caption:

@@ -193,6 +193,19 @@ def test_what_is_wrong_costs_only_its_own_request(server: Server) -> None:
     assert error_of(late)[0] == 400
 
 
+def test_an_image_for_which_there_is_no_memory(
+    server: Server, captioner: SlowCaptioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(image: object, num_images: int = 1) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(captioner, "prepare", prepare)
+        status, message, _ = error_of(post(server, body()))
+    assert (status, message) == (500, "the request could not be prepared: MemoryError")
+    assert post(server, body()).status_code == 200
+
+
 def test_other_methods_paths_and_kinds_of_body(server: Server) -> None:
     assert error_of(httpx.get(f"{server.url}/v1/chat/completions"))[0] == 405
     assert error_of(httpx.get(f"{server.url}/nowhere"))[0] == 404
