@@ -196,7 +196,7 @@ def test_samples_are_the_models_own_words_on_scenes_that_measure_nothing(checkpo
 
 
 def test_nano_in_int8_says_what_float32_says(tmp_path):
-    """The shipped model is at a distance that no user sees; rounding to nearest is three times as far."""
+    """The shipped model is at a distance that no user sees; rounding to nearest is farther."""
     measured = replace(of_world(NANO, 12), max_kl=None, min_agreement=None)
     nearest, ours = (
         build_engine(
