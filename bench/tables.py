@@ -185,7 +185,17 @@ SHOWN = {
     )
 }
 # Tables that show the newest commit's rows only.
-ONE_RUN = {"crossovers", "decode", "peers", "serve", "speculative", "train", "train_step", "train_memory"}
+ONE_RUN = {
+    "crossovers",
+    "decode",
+    "peers",
+    "quality",
+    "serve",
+    "speculative",
+    "train",
+    "train_step",
+    "train_memory",
+}
 SHARES = {"products", "attention", "norms", "activations", "rope_and_cache", "patches"}
 SHARES |= {"agreement", "free_agreement", "equal", "near_ties"}
 SHARES |= {

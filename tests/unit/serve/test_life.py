@@ -120,7 +120,7 @@ def test_beyond_the_queue_there_is_429_and_a_time_to_come_back(checkpoint: Path)
 
 def test_bodies_beyond_the_memory_for_them_wait_outside(checkpoint: Path) -> None:
     captioner = open_tiny(checkpoint)
-    with serving(captioner, max_body=20_000) as server, ThreadPoolExecutor(20) as pool:
+    with serving(captioner, max_body=20_000) as server, ThreadPoolExecutor(30) as pool:
         captioner.step_s = 0.05
         big = [body(picture(png(n, (60, 70)))) for n in range(30)]
         answers = list(pool.map(lambda fields: post(server, fields).status_code, big))
