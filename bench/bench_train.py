@@ -170,7 +170,7 @@ def checkpoint(name: str, stack: ExitStack) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; by default all")
     parser.add_argument(
         "--models", nargs="+", default=["nano", "llava-small"], choices=["nano", "llava-small"]
     )
@@ -179,7 +179,10 @@ def main() -> None:
     parser.add_argument("--memory-steps", type=int, default=200)
     parser.add_argument("--no-row", action="store_true", help="print only; leave bench/results alone")
     args = parser.parse_args()
-    for part in args.parts:
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    for part in args.parts or PARTS:
         with ExitStack() as stack:
             {"speed": speed, "step": step, "memory": memory}[part](args, stack)
 
