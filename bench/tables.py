@@ -1,8 +1,8 @@
 """Write the tables of BENCHMARKS.md from bench/results: `python bench/tables.py BENCHMARKS.md`.
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; it shows the rows of the newest day and its device in
-bench/results/NAME.csv (of `ONE_RUN`, those of the newest commit; of `ops`, which has a hundred, the shapes that
-`SHOWN` picks). Older rows stay in the file, where trends can be read.
+bench/results/NAME.csv (of `ONE_RUN`, those of the newest commit; of `NEWEST`, the last of each; of `ops`, which has a
+hundred, the shapes that `SHOWN` picks). Older rows stay in the file, where trends can be read.
 """
 
 import re
@@ -77,6 +77,7 @@ COLUMNS = {
         "note": "note",
     },
     "quality": {
+        "commit": "commit",
         "model": "model",
         "precision": "precision",
         "samples": "rounded for samples",
@@ -189,13 +190,14 @@ ONE_RUN = {
     "crossovers",
     "decode",
     "peers",
-    "quality",
     "serve",
     "speculative",
     "train",
     "train_step",
     "train_memory",
 }
+# Tables of what no clock measures, whose rows may come from several runs: of equal ones the newest is shown.
+NEWEST = {"quality": ("model", "precision", "samples")}
 SHARES = {"products", "attention", "norms", "activations", "rope_and_cache", "patches"}
 SHARES |= {"agreement", "free_agreement", "equal", "near_ties"}
 SHARES |= {
@@ -220,8 +222,11 @@ def table(name: str) -> str:
         return "Not measured yet.\n"
     last = rows[-1]
     same = ("date", "device", "commit") if name in ONE_RUN else ("date", "device")
-    rows = [r for r in rows if all(r[key] == last[key] for key in same)]
+    if name not in NEWEST:
+        rows = [r for r in rows if all(r[key] == last[key] for key in same)]
     rows = [r for r in rows if SHOWN.get(name, lambda row: True)(r)]
+    if name in NEWEST:
+        rows = list({tuple(r[key] for key in NEWEST[name]): r for r in rows}.values())
     columns = COLUMNS[name]
     lines = [
         f"{last['date']}, commit {last['commit']}, {last['device']}, {last['isa']}, {last['threads']} threads, "
