@@ -130,7 +130,6 @@ COLUMNS = {
         "float32_ceiling": "float32 product",
         "bf16_ceiling": "bf16 product",
         "of_float32": "of float32's",
-        "of_bf16": "of bf16's",
     },
     "train_memory": {
         "steps": "steps",
