@@ -1,14 +1,15 @@
-"""Several specialists asked about one image: it is decoded, encoded and projected once for all of them.
+"""Several specialists asked about one image: it is decoded once, and passes the tower once for all of them.
 
-That is exact where their towers and projectors are the same, which holds for specialists that train the decoder alone.
-Where a specialist trains its own tower or projector, its visual tokens are its own and so is its encode. The prefill
-is each specialist's own in any case.
+That is exact where their towers are the same, which holds for specialists that do not train it; whether it does is
+checked by their weights. Those with one projector share its visual tokens too; one that trained its projector has the
+tower's features go through that as well. The prefill is each specialist's own in any case.
 """
 
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,11 @@ from vila2.types import Caption, CaptionRequest
 if TYPE_CHECKING:
     from numpy import uint8
     from numpy.typing import NDArray
+    from torch import Tensor, nn
 
     from vila2.model.images import PreparedImage
 
-_PARTS = ("vision_tower", "mm_projector")
+_TOWER, _PROJECTOR = "vision_tower", "mm_projector"
 _QUEUED = 64  # requests that wait for one specialist before no more are pulled
 _KEPT = 512  # images whose visual tokens wait for a specialist; one that comes later encodes again
 
@@ -37,11 +39,12 @@ def open_panel(models: Mapping[str, str]) -> Callable[[RecaptionSettings], "Pane
         texts: dict[str, str] = {}
         for prompt in choose_prompts(settings).prompts:
             texts |= {_plain(text, prompt.name): prompt.name for text in prompt.texts}
-        _check_towers(dict.fromkeys(models.values()))
+        projectors = _seeing_alike(dict.fromkeys(models.values()))
         members: dict[str, NativeCaptioner] = {}
-        for path in dict.fromkeys(models.values()):
+        for path in projectors:
             members[path] = open_native(settings.model_copy(update={"model": path}))
-        return Panel({name: members[path] for name, path in models.items()}, texts)
+        eyes = {id(members[path]): digest for path, digest in projectors.items()}
+        return Panel({name: members[path] for name, path in models.items()}, texts, eyes)
 
     return opened
 
@@ -59,22 +62,35 @@ def _plain(text: str, prompt: str) -> str:
 class Panel:
     """A captioner made of others that see alike. Requests go to the one that knows their prompt, by its wording.
 
-    `members`: prompt -> captioner; `texts`: wording -> prompt.
+    `members`: prompt -> captioner; `texts`: wording -> prompt; `eyes`: id of a captioner -> digest of its projector.
     """
 
-    def __init__(self, members: Mapping[str, NativeCaptioner], texts: Mapping[str, str]) -> None:
+    def __init__(
+        self, members: Mapping[str, NativeCaptioner], texts: Mapping[str, str], eyes: Mapping[int, str]
+    ) -> None:
         self.members, self.texts = dict(members), dict(texts)
         self.distinct = list({id(member): member for member in members.values()}.values())
         first = self.distinct[0]
-        for other in self.distinct[1:]:  # what they have in common is kept in memory once
-            other.checkpoint.model.vision = first.checkpoint.model.vision
-            other.checkpoint.model.projector = first.checkpoint.model.projector
+        of_eyes: dict[str, list[NativeCaptioner]] = {}
+        for member in self.distinct:  # what they have in common is kept in memory once
+            alike = of_eyes.setdefault(eyes[id(member)], [])
+            alike.append(member)
+            member.checkpoint.model.vision = first.checkpoint.model.vision
+            member.checkpoint.model.projector = alike[0].checkpoint.model.projector
+            # One stream for all encodes: whoever reads visual tokens then waits for them, whoever had them made.
+            member.engine.runner.vision = first.engine.runner.vision
         self.model_digest = digest_of({name: member.model_digest for name, member in members.items()})
         self.model_name = " + ".join(member.model_name for member in self.distinct)
         self.description = f"{len(self.distinct)} specialists, one encode an image; {first.description}"
-        self.encoder = _Encoder(first.engine.runner.encode, len(self.distinct))
-        for member in self.distinct:
-            member.engine.runner.encode = self.encoder  # type: ignore[method-assign]
+        groups = list(of_eyes.values())
+        self.encoder = _Encoder(
+            _Tower(first.checkpoint.model.vision),
+            [group[0].engine.runner.encode for group in groups],
+            len(self.distinct),
+        )
+        for number, group in enumerate(groups):
+            for member in group:
+                member.engine.runner.encode = partial(self.encoder, number)  # type: ignore[method-assign]
 
     def prepare(self, image: "NDArray[uint8]") -> "PreparedImage":
         return self.distinct[0].prepare(image)
@@ -157,42 +173,93 @@ class _Lane:
             yield self.queue.popleft() if self.queue else None
 
 
-class _Encoder:
-    """An encode whose results wait until every member has had them."""
+class _Tower:
+    """A tower whose passes can be played back: a second projector reads what it made for the first."""
 
-    def __init__(self, encode: Callable[[list["PreparedImage"]], list[Any]], num_users: int) -> None:
-        self._encode, self._num_users = encode, num_users
-        self._kept: OrderedDict[int, tuple[PreparedImage, Any, int]] = (
+    def __init__(self, tower: "nn.Module") -> None:
+        self._made: list[Tensor] = []
+        self._played: Iterator[Tensor] | None = None
+        self._forward = tower.forward
+        tower.forward = self._pass
+
+    def begin(self) -> None:
+        """What is passed from now on is kept."""
+        self._made.clear()
+        self._played = None
+
+    def again(self) -> None:
+        """The next passes are those that were kept, in the same order."""
+        self._played = iter(self._made)
+
+    def end(self) -> None:
+        self.begin()
+
+    def _pass(self, tiles: "Tensor") -> "Tensor":
+        if self._played is not None:
+            return next(self._played)
+        features = self._forward(tiles)
+        self._made.append(features)
+        return features
+
+
+class _Encoder:
+    """An encode whose results wait until every member has had them. `encodes`: one for each projector."""
+
+    def __init__(
+        self, tower: _Tower, encodes: list[Callable[[list["PreparedImage"]], list[Any]]], num_users: int
+    ) -> None:
+        self._tower, self._encodes, self._num_users = tower, encodes, num_users
+        self._kept: OrderedDict[int, tuple[PreparedImage, list[Any], int]] = (
             OrderedDict()
         )  # the image keeps its id taken
         self.num_encoded = self.num_shared = 0
 
-    def __call__(self, images: list["PreparedImage"]) -> list[Any]:
-        """Visual tokens (num_tokens, hidden) of each image."""
+    def __call__(self, eyes: int, images: list["PreparedImage"]) -> list[Any]:
+        """Visual tokens (num_tokens, hidden) of each image, by the projector number `eyes`."""
         known = {id(image) for image in images if id(image) in self._kept}
         new = list({id(image): image for image in images if id(image) not in known}.values())
         self.num_encoded += len(new)
         self.num_shared += len(known)
-        found = dict(zip(map(id, new), self._encode(new) if new else [], strict=True))
-        for image in new:
-            self._kept[id(image)] = (image, found[id(image)], self._num_users)
-        tokens = [self._kept[id(image)][1] for image in images]
+        for image, tokens in zip(new, self._of_all(new), strict=True):
+            self._kept[id(image)] = (image, tokens, self._num_users)
+        found = [self._kept[id(image)][1][eyes] for image in images]
         for place in dict.fromkeys(map(id, images)):
             image, kept, left = self._kept.pop(place)
             if left > 1:
                 self._kept[place] = (image, kept, left - 1)
         while len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
-        return tokens
+        return found
+
+    def _of_all(self, images: list["PreparedImage"]) -> list[list[Any]]:
+        """The visual tokens of each image by every projector, from one pass through the tower."""
+        if not images:
+            return []
+        found = []
+        self._tower.begin()
+        for encode in self._encodes:
+            found.append(encode(images))
+            self._tower.again()
+        self._tower.end()
+        return [list(tokens) for tokens in zip(*found, strict=True)]
 
 
-def _check_towers(paths: Iterable[str]) -> None:
-    """UsageError unless these checkpoints, in the layout that training writes, have one tower and one projector."""
-    found: dict[str, str] = {}
-    for path in paths:
-        files = sorted(file for part in _PARTS for file in (Path(path) / part).glob("*.safetensors"))
-        found[path] = digest_of([[file.name, digest_of_file(file)] for file in files])
-        if not files or found[path] != next(iter(found.values())):
-            raise UsageError(
-                f"{path} sees with another tower or projector than {next(iter(found))}: one encode cannot serve both"
-            )
+def _seeing_alike(paths: Iterable[str]) -> dict[str, str]:
+    """Checkpoint -> digest of its projector. UsageError unless these checkpoints, in the layout that training writes,
+    have one tower."""
+    towers = {path: _digest(path, _TOWER) for path in paths}
+    first = next(iter(towers))
+    for path, tower in towers.items():
+        if tower != towers[first]:
+            raise UsageError(f"{path} sees with another tower than {first}: one encode cannot serve both")
+    return {path: _digest(path, _PROJECTOR) for path in towers}
+
+
+def _digest(checkpoint: str, part: str) -> str:
+    """Of the weights of a part. UsageError if there are none."""
+    files = sorted((Path(checkpoint) / part).glob("*.safetensors"))
+    if not files:
+        raise UsageError(
+            f"{checkpoint} has no weights in {part}: specialists that are asked together need them there"
+        )
+    return digest_of([[file.name, digest_of_file(file)] for file in files])

@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vila2.augment.encodes import asked_together, why_alone
 from vila2.augment.recipe import BASE, LoopRecipe, Scenes, Specialist
 from vila2.augment.step import RUN, Kind, Step
 from vila2.config import DECIDES, RecaptionSettings
 from vila2.errors import UsageError
-from vila2.train.recipe import FREE, PARTS, Recipe, StageSettings
+from vila2.train.recipe import FREE, Recipe, StageSettings
 
 Decided = Mapping[str, Mapping[str, Any]]  # step -> what its outcome says
 SOURCE = "source"
-TOGETHER = "specialists"  # the folder of what all specialists are asked about an image at once
+TOGETHER = "specialists"  # the folder of what specialists that see alike are asked about an image at once
 _ASKED = {"prompt_file", "prompt_template", "image_root"}
 PROBE_TEMPERATURE = 0.7  # of the second caption by which made-up words show
 
@@ -186,6 +187,7 @@ class _Seed:
         draft: str | None = None,
         after: Sequence[str] = (),
         models: Mapping[str, str] | None = None,
+        note: str = "",
     ) -> None:
         settings: dict[str, Any] = {
             "source": self.images,
@@ -202,7 +204,7 @@ class _Seed:
         free: dict[str, Any] = {"settings": self.recipe.recaption}
         # Drafts make it faster and change no caption.
         drafts = {} if draft is None else {"draft": self._path(draft)}
-        why = f"{', '.join(prompts)} of every image{', one encode for all' if models is not None else ''}"
+        why = f"{', '.join(prompts)} of every image{note}"
         self._add(f"{name}/recaption", "recaption", settings, needs, why, free | drafts, after)
         if not self.has_truth and self.recipe.gates.asks_hallucination:
             probe = {**settings, "temperature": PROBE_TEMPERATURE, "limit": self.recipe.gates.probe}
@@ -331,14 +333,14 @@ class _Seed:
         for specialist in self.recipe.specialist:
             self._specialist(specialist, best)
         generalist = self.recipe.generalist
-        together = self._asked_together()
-        if together:
-            self._ask_together()
+        together = self._ask_together()
         groups = {"vila2": list(self.recipe.specialist)}
         if generalist.each and len(self.recipe.specialist) > 1:
             groups = {f"vila2-{s.name}": [s] for s in self.recipe.specialist} | groups
         for name, members in groups.items():
-            asked = [TOGETHER] if together else [f"specialist-{s.name}" for s in members]
+            asked = list(
+                dict.fromkeys(TOGETHER if s in together else f"specialist-{s.name}" for s in members)
+            )
             settings: dict[str, Any] = {
                 "mode": "turns",
                 "outputs": [self._path(f"{where}/recaption") for where in asked],
@@ -385,34 +387,26 @@ class _Seed:
         if specialist.must_beat:
             self._compare(f"{name}/check", best, name, specialist.must_beat, None)
             checked.append(f"{name}/check")
-        if not self._asked_together():
+        if specialist not in asked_together(self.recipe):
             number = self.rounds.last + 1
-            self._recaption(name, f"{name}/train", specialist.prompt, number, after=checked)
+            alone = why_alone(self.recipe, specialist)
+            note = f", an encode of its own: {alone}" if alone else ""
+            self._recaption(name, f"{name}/train", specialist.prompt, number, after=checked, note=note)
             self._gate(name, None)
 
-    def _asked_together(self) -> bool:
-        """Whether one encode of an image serves every specialist: they see with the same tower and projector, none
-        runs elsewhere, and their wordings tell their prompts apart."""
-        recipe = self.recipe
-        if len(recipe.specialist) < 2 or recipe.launch.recaption is not None:
-            return False
-        own_wordings = any(name in recipe.recaption for name in ("prompt_file", "prompt_template"))
-        other_backend = recipe.recaption.get("backend", "native") != "native"
-        prompts = [prompt for specialist in recipe.specialist for prompt in specialist.prompt]
-        return not (
-            own_wordings
-            or other_backend
-            or len(set(prompts)) < len(prompts)
-            or any(trains_vision(specialist) for specialist in recipe.specialist)
-        )
-
-    def _ask_together(self) -> None:
-        members = self.recipe.specialist
+    def _ask_together(self) -> tuple[Specialist, ...]:
+        """The specialists that share an encode, asked in one step."""
+        members = asked_together(self.recipe)
+        if not members:
+            return ()
         models = {prompt: f"specialist-{s.name}/train" for s in members for prompt in s.prompt}
         checked = [f"specialist-{s.name}/check" for s in members if s.must_beat]
         number = self.rounds.last + 1
-        self._recaption(TOGETHER, next(iter(models.values())), list(models), number, None, checked, models)
+        note = f", one encode for all {len(members)} specialists"
+        first = next(iter(models.values()))
+        self._recaption(TOGETHER, first, list(models), number, after=checked, models=models, note=note)
         self._gate(TOGETHER, None)
+        return members
 
     def _checkpoint(self, model: str, stage: int) -> str:
         """The checkpoint of a training after one of its stages."""
@@ -444,11 +438,6 @@ def captioning_that_decides(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _free_of(kind: type[Recipe] | type[StageSettings]) -> set[str]:
     return {field.alias or name for name, field in kind.model_fields.items() if FREE in field.metadata}
-
-
-def trains_vision(specialist: Specialist) -> bool:
-    """Whether a specialist's image tokens differ from those of the model that it started from."""
-    return any(part in stage.train for stage in specialist.stage for part in PARTS if part != "decoder")
 
 
 def _point_to(stages: list[dict[str, Any]], name: str, path: str) -> None:

@@ -88,12 +88,48 @@ def test_a_run_that_was_cut_asks_for_the_rest(tmp_path: Path, images: str, model
     assert len(captions(tmp_path / "all")) == 3 * NUM_IMAGES
 
 
-@pytest.mark.parametrize("part", ["vision_tower", "mm_projector"])
-def test_other_eyes_are_refused(tmp_path: Path, images: str, models: dict[str, str], part: str) -> None:
-    other = str(change(write_vila15(tmp_path / "other"), part, 1))
+def test_a_projector_of_its_own_shares_the_tower(
+    tmp_path: Path, images: str, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes what it writes alone, and no image passes the tower twice."""
+    from vila2.model.vision import VisionTower
+
+    other = str(change(change(write_vila15(tmp_path / "other"), "llm", 5), "mm_projector", 1))
+    mixed = models | {"grounding": other}
+    tiles: list[int] = []
+    forward = VisionTower.forward
+
+    def counted(tower: VisionTower, batch: torch.Tensor) -> torch.Tensor:
+        tiles.append(len(batch))
+        return forward(tower, batch)
+
+    monkeypatch.setattr(VisionTower, "forward", counted)
+    together = settings(images, models["ocr"], tmp_path / "all", *mixed)
+    summary = run(together, open_model=open_panel(mixed))
+    assert sum(tiles) == NUM_IMAGES
+    assert summary.captioner["images_encoded"] == NUM_IMAGES
+    assert summary.captioner["images_shared"] == 2 * NUM_IMAGES
+    tiles.clear()
+    for prompt in ("grounding", "ocr"):
+        run(settings(images, mixed[prompt], tmp_path / prompt, prompt))
+        alone = captions(tmp_path / prompt)
+        assert alone == {key: text for key, text in captions(tmp_path / "all").items() if key[1] == prompt}
+    assert sum(tiles) == 2 * NUM_IMAGES  # asked one by one, each has an encode of its own
+
+
+def test_another_tower_is_refused(tmp_path: Path, images: str, models: dict[str, str]) -> None:
+    other = str(change(write_vila15(tmp_path / "other"), "vision_tower", 1))
     mixed = models | {"spatial": other}
-    with pytest.raises(UsageError, match="another tower or projector"):
+    with pytest.raises(UsageError, match="sees with another tower than"):
         run(settings(images, models["ocr"], tmp_path / "out", *mixed), open_model=open_panel(mixed))
+
+
+def test_encodes_wait_on_one_stream(models: dict[str, str], images: str, tmp_path: Path) -> None:
+    """On a GPU whoever reads visual tokens waits for the stream that made them, which is any member's."""
+    opened = open_panel(models)(settings(images, models["ocr"], tmp_path / "out", *models))
+    assert len({id(member.engine.runner.vision) for member in opened.distinct}) == 1
+    assert len(opened.distinct) == 2
+    opened.close()
 
 
 def test_a_wording_with_fields_is_refused(tmp_path: Path, images: str, models: dict[str, str]) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from tests.unit.augment.kits import SPECIALIST, STAGES, recipe
-from vila2.augment.plan import ancestors, dependants, find_step, plan, rounds_of, trains_vision
+from vila2.augment.encodes import encode_plan
+from vila2.augment.plan import ancestors, dependants, find_step, plan, rounds_of
 from vila2.augment.step import Step
 from vila2.errors import UsageError
 
@@ -174,8 +175,61 @@ def test_specialists_that_see_alike_are_asked_together() -> None:
         assert "seed-0/specialists/recaption" not in by_name(plan(recipe(**changes)))
 
 
-def test_whether_a_specialist_sees_with_other_eyes() -> None:
+def specialist(name: str, *train: str, **changes: Any) -> dict[str, Any]:
+    """One that trains these parts and is asked the prompt of its name."""
+    stage = SPECIALIST["stage"][0] | {"train": list(train)}
+    return {"name": name, "prompt": name, "stage": [stage], **changes}
+
+
+def test_who_trains_the_tower_encodes_by_itself_and_the_plan_says_so() -> None:
+    of = recipe(
+        specialist=[
+            specialist("spatial", "decoder"),
+            specialist("grounding", "vision", "projector", "decoder"),
+            specialist("ocr", "projector", "decoder"),
+        ],
+        generalist={"each": True},
+    )
+    steps = by_name(plan(of))
+    together, alone = steps["seed-0/specialists/recaption"], steps["seed-0/specialist-grounding/recaption"]
+    assert together.settings["prompt"] == ["spatial", "ocr"]
+    assert together.why == "spatial, ocr of every image, one encode for all 2 specialists"
+    assert "an encode of its own: it trains the tower" in alone.why
+    outputs = {name: steps[f"seed-0/{name}/captions"].settings["outputs"] for name in ("vila2", "vila2-ocr")}
+    shared, own = (f"{{run}}/{step.name}" for step in (together, alone))
+    assert outputs == {"vila2": [shared, own], "vila2-ocr": [shared]}
+    said = encode_plan(of)
+    assert said[0] == "one encode an image serves 2 specialists: spatial, ocr"
+    assert said[1].startswith("grounding encodes every image by itself: it trains the tower")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"launch": {"recaption": {"command": "run {arguments}"}}}, "launched"),
+        ({"recaption": {"prompt_template": "{prompt}"}}, "wordings of its own"),
+        ({"recaption": {"backend": "http", "base_url": "http://a.example/v1"}}, "http backend"),
+        (
+            {"specialist": [specialist("a", "decoder"), specialist("b", "decoder", prompt="a")]},
+            "is asked too",
+        ),
+        ({"specialist": [specialist("a", "decoder"), specialist("b", "vision")]}, "no other specialist"),
+    ],
+)
+def test_what_keeps_specialists_apart_is_said(changes: dict[str, Any], said: str) -> None:
+    two = [specialist("spatial", "decoder"), specialist("ocr", "decoder")]
+    of = recipe(**{"specialist": two, **changes})
+    steps = by_name(plan(of))
+    assert "seed-0/specialists/recaption" not in steps
+    told = encode_plan(of)
+    assert len(told) == 2
+    assert any(said in line for line in told)
+    alone = [s.why for n, s in steps.items() if n.endswith("/recaption") and "specialist-" in n]
+    assert len(alone) == 2
+    assert all("an encode of its own: " in why for why in alone)
+
+
+def test_one_specialist_has_nobody_to_share_with() -> None:
     of = recipe(specialist=[SPECIALIST])
-    assert not trains_vision(of.specialist[0])
-    stage = SPECIALIST["stage"][0] | {"train": ["projector", "decoder"]}
-    assert trains_vision(recipe(specialist=[SPECIALIST | {"stage": [stage]}]).specialist[0])
+    assert encode_plan(of) == []
+    assert by_name(plan(of))["seed-0/specialist-spatial/recaption"].why == "spatial of every image"
