@@ -22,6 +22,7 @@ from tests.trtllm_standin.generate import FLAVOURS
 from tests.unit.backends.conftest import install, standins  # noqa: F401 - a fixture
 from vila2.cli.main import main
 from vila2.data.verify import iter_rows
+from vila2.errors import UsageError
 
 COUNT = 8
 ASKED = ["--prompt", "brief", "--prompt", "detailed", "--max-new-tokens", "12", "--decode-workers", "1"]
@@ -208,6 +209,18 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, vila15: Path) -> None:
             assert done.stdout == ""
             assert words in done.stderr.splitlines()[-1]
             assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_the_engine_is_told_that_requests_share_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, object] = {}
+
+    def opened(path: str, **options: object) -> None:
+        told.update(options, path=path)
+        raise UsageError("no further")
+
+    monkeypatch.setattr("vila2.backends.native.open_checkpoint", opened)
+    assert main(["serve", "--model", "some", "--port", "0"]) == 2
+    assert (told["path"], told["shares_images"]) == ("some", True)
 
 
 def test_a_key_is_asked_for_and_never_shown(tmp_path: Path, vila15: Path, photos: Path) -> None:

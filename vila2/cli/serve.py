@@ -190,6 +190,7 @@ def serve(**options: Any) -> int:
     captioner = open_checkpoint(
         options["engine"] or options["model"],
         **{name: options[name] for name in _OPENING},
+        shares_images=True,  # clients ask several things of an image, and say so by `siblings`
     )
     settings = ServeSettings(
         name=options["name"] or captioner.model_name,
