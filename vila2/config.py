@@ -98,7 +98,8 @@ class RecaptionSettings(_Settings):
     send_format: Annotated[Literal["jpeg", "png"], DECIDES] = "jpeg"
     send_size: Annotated[int | None, DECIDES, Field(ge=16)] = None  # the longest side; None: as it is
 
-    # A TensorRT-LLM engine that was built before, and further settings of its LLM as name=value.
+    # An engine that was built before: ours stands in `model` from here on. Further settings of TensorRT-LLM's LLM as
+    # name=value.
     engine: str | None = None
     engine_option: Annotated[tuple[str, ...], DECIDES] = ()
 
@@ -154,6 +155,27 @@ class RecaptionSettings(_Settings):
     strict: bool = False
     dry_run: bool = False
     json_lines: Annotated[bool, Field(alias="json")] = False  # `json` is a method of pydantic's models
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_engine(cls, values: Any) -> Any:
+        """An engine directory says which backend it is for, and stands for a model."""
+        engine = values.get("engine") if isinstance(values, dict) else None
+        if not isinstance(engine, str) or values.get("backend") == "http":
+            return values
+        backend = _engine_says(Path(engine).expanduser(), "backend")
+        if backend not in ("native", "trtllm"):
+            raise ValueError(
+                f"engine {engine} is none of `vila2-fast build`: it has no readable engine.json (a checkpoint goes "
+                "by model)"
+            )
+        if values.get("backend") not in (None, backend):
+            raise ValueError(f"engine {engine} is for --backend {backend}, not {values['backend']}")
+        if values.get("model") not in (None, engine):
+            raise ValueError("give model or engine, not both: an engine holds its model")
+        if backend == "trtllm":
+            return {**values, "backend": backend}
+        return {**values, "backend": backend, "engine": None, "model": engine}
 
     @field_validator("prompt", "stop", "base_url", "engine_option", mode="before")
     @classmethod
@@ -225,7 +247,7 @@ class RecaptionSettings(_Settings):
         if self.backend == "http" or self.precision != "auto":
             return self.precision
         folder = self.model if self.engine is None else self.engine
-        return _engine_precision(Path(folder).expanduser()) or "bf16"
+        return _engine_says(Path(folder).expanduser(), "precision") or "bf16"
 
     def sampling(self, attempt: int = 0) -> SamplingParams:
         """How to sample the given attempt: 0 is the caption asked for, then the retry ladder."""
@@ -257,14 +279,14 @@ class RecaptionSettings(_Settings):
         }
 
 
-def _engine_precision(folder: Path) -> str | None:
-    """What an engine directory was built for; None if `folder` is none. Whoever opens it checks the rest."""
+def _engine_says(folder: Path, name: str) -> str | None:
+    """A line of what an engine directory says of itself; None if `folder` is none. Whoever opens it checks the rest."""
     try:
         values = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    precision = values.get("precision") if isinstance(values, dict) else None
-    return precision if isinstance(precision, str) else None
+    value = values.get(name) if isinstance(values, dict) else None
+    return value if isinstance(value, str) else None
 
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
@@ -310,11 +332,11 @@ def recaption_settings(recipe: str | Path | None, overrides: Mapping[str, Any]) 
         values, where = load_recipe(recipe), str(recipe)
         _check_keys(RecaptionSettings, values, where)
     given = {name: value for name, value in overrides.items() if value is not None}
-    # The command line's prompt replaces the recipe's, of whichever kind that was.
-    if "prompt" in given and "prompt_text" not in given:
-        values.pop("prompt_text", None)
-    if "prompt_text" in given and "prompt" not in given:
-        values.pop("prompt", None)
+    # The command line's prompt replaces the recipe's, of whichever kind that was; so does its model.
+    for pair in (("prompt", "prompt_text"), ("model", "engine")):
+        for one, other in (pair, pair[::-1]):
+            if one in given and other not in given:
+                values.pop(other, None)
     missing = [name for name in ("source", "out") if name not in {**values, **given}]
     if missing:
         prefix = f"{where}: " if where else ""

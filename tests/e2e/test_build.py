@@ -26,8 +26,9 @@ def test_build_measure_and_recaption_with_the_engine(vila15: Path, tmp_path: Pat
     assert set(quality["truth"]) == {"float32", "engine"}
 
     photos = sources.write_folder(tmp_path / "photos", 3)
-    done = vila2_fast(tmp_path, "recaption", photos, "--model", engine, "--out", tmp_path / "a", *QUICK)
+    done = vila2_fast(tmp_path, "recaption", photos, "--engine", engine, "--out", tmp_path / "a", *QUICK)
     assert done.code == 0, done.stderr
+    assert "nano" not in done.stderr
     assert json.loads((tmp_path / "a" / "manifest.json").read_text())["settings"]["precision"] == "int8"
     done = vila2_fast(
         tmp_path,

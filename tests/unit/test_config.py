@@ -123,3 +123,43 @@ def test_what_is_missing_is_named() -> None:
 def test_one_name_needs_no_list() -> None:
     settings = make(prompt="brief", stop="\n")
     assert (settings.prompt, settings.stop) == (("brief",), ("\n",))
+
+
+def engine(path: Path, text: str) -> str:
+    path.mkdir()
+    (path / "engine.json").write_text(text)
+    return str(path)
+
+
+def test_an_engine_directory_says_which_backend_it_is_for(tmp_path: Path) -> None:
+    ours = engine(tmp_path / "ours", '{"backend": "native", "precision": "int8"}')
+    theirs = engine(tmp_path / "theirs", '{"backend": "trtllm", "precision": "fp8"}')
+    native = recaption_settings(None, {"source": "s", "out": "o", "engine": ours})
+    assert (native.backend, native.model, native.engine) == ("native", ours, None)
+    assert native.resolved_precision == "int8"
+    assert native == recaption_settings(None, {"source": "s", "out": "o", "model": ours, "backend": "native"})
+    foreign = recaption_settings(None, {"source": "s", "out": "o", "engine": theirs})
+    assert (foreign.backend, foreign.engine, foreign.resolved_precision) == ("trtllm", theirs, "fp8")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('source = "s"\nout = "o"\nmodel = "m"\n')
+    assert recaption_settings(recipe, {"engine": ours}).model == ours  # the command line's instead of the recipe's
+    recipe.write_text(f'source = "s"\nout = "o"\nengine = "{theirs}"\n')
+    assert recaption_settings(recipe, {}).engine == theirs
+    assert recaption_settings(recipe, {"model": "m"}).engine is None
+
+
+def test_what_is_no_engine_or_another_backends_is_refused(tmp_path: Path) -> None:
+    ours = engine(tmp_path / "ours", '{"backend": "native", "precision": "int8"}')
+    for values, words in (
+        ({"engine": str(tmp_path)}, r"is none of `vila2-fast build`: it has no readable engine\.json"),
+        ({"engine": engine(tmp_path / "b", "{")}, "no readable engine.json"),
+        ({"engine": engine(tmp_path / "c", '{"backend": "vllm"}')}, "no readable engine.json"),
+        ({"engine": engine(tmp_path / "d", '{"backend": 3}')}, "no readable engine.json"),
+        ({"engine": ours, "backend": "trtllm"}, "is for --backend native, not trtllm"),
+        ({"engine": ours, "model": "m"}, "give model or engine, not both"),
+        ({"engine": ours, "backend": "http", "base_url": "u"}, "engine means nothing to --backend http"),
+        ({"engine": ours, "engine_option": "a=b"}, "engine_option means nothing to --backend native"),
+    ):
+        with pytest.raises(UsageError, match=words) as refused:
+            recaption_settings(None, {"source": "s", "out": "o", **values})
+        assert "\n" not in str(refused.value)

@@ -112,10 +112,10 @@ def build(
 ) -> None:
     """Pack CHECKPOINT into the engine directory --out and measure it against float32.
 
-    `recaption --model DIR` and `vila2.load(DIR)` then start at once: weights are mapped, and processes share them.
+    `recaption --engine DIR` and `vila2.load(DIR)` then start at once: weights are mapped, and processes share them.
     int8, bf16 and float32 are for the CPU here. fp8 and int4 are for GPUs, and built on any machine: int4 is scaled by
     what the calibration images show, and where there is no GPU the measurement emulates it.
-    With --backend trtllm the engine is TensorRT-LLM's, for the GPU here: `recaption --engine DIR` runs it.
+    With --backend trtllm the engine is TensorRT-LLM's, for the GPU here; `recaption --engine DIR` knows which is which.
 
     \b
     vila2-fast build VILA1.5-3b/ --precision int8 --out engines/vila-3b-int8

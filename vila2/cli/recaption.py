@@ -22,7 +22,7 @@ _DEFAULT_MODEL_NOTE = (
 )
 
 click.rich_click.OPTION_GROUPS["*recaption"] = [
-    {"name": "In and out", "options": ["--model", "--out", "--image-root", "--recipe"]},
+    {"name": "In and out", "options": ["--model", "--engine", "--out", "--image-root", "--recipe"]},
     {
         "name": "What is asked",
         "options": ["--prompt", "--prompt-text", "--prompt-file", "--prompt-template", "--template"],
@@ -51,7 +51,7 @@ click.rich_click.OPTION_GROUPS["*recaption"] = [
             "--base-url", "--api-key-env", "--send-format", "--send-size", "--request-timeout", "--patience",
         ],
     },
-    {"name": "TensorRT-LLM (--backend trtllm)", "options": ["--engine", "--engine-option"]},
+    {"name": "TensorRT-LLM (--backend trtllm)", "options": ["--engine-option"]},
     {"name": "Behaviour", "options": ["--dry-run", "--retry-errors", "--strict", "--json", "--round", "--help"]},
 ]  # fmt: skip
 
@@ -181,7 +181,7 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
 @click.option(
     "--request-timeout", type=float, metavar="S", help="Seconds that a server may take over a caption. [300]"
 )
-@click.option("--engine", metavar="DIR", help="A folder that `vila2-fast build --backend trtllm` made.")
+@click.option("--engine", metavar="DIR", help="A folder that `vila2-fast build` made, for either backend.")
 @click.option(
     "--engine-option",
     multiple=True,
@@ -224,8 +224,6 @@ def recaption(recipe: str | None, no_retry: bool, retry: tuple[str, ...], **opti
         given["retry"] = [_parse_retry(text) for text in retry]
     if no_retry:
         given["retry"] = []
-    if given.get("engine") is not None and given.get("backend") is None:
-        given["backend"] = "trtllm"
     settings = recaption_settings(recipe, given)
     if settings.backend == "native" and "model" not in settings.model_fields_set:
         print(_DEFAULT_MODEL_NOTE, file=sys.stderr)
