@@ -142,7 +142,9 @@ def test_an_engine_directory_says_which_backend_it_is_for(tmp_path: Path) -> Non
     assert (foreign.backend, foreign.engine, foreign.resolved_precision) == ("trtllm", theirs, "fp8")
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('source = "s"\nout = "o"\nmodel = "m"\n')
-    assert recaption_settings(recipe, {"engine": ours}).model == ours  # the command line's instead of the recipe's
+    assert (
+        recaption_settings(recipe, {"engine": ours}).model == ours
+    )  # the command line's instead of the recipe's
     recipe.write_text(f'source = "s"\nout = "o"\nengine = "{theirs}"\n')
     assert recaption_settings(recipe, {}).engine == theirs
     assert recaption_settings(recipe, {"model": "m"}).engine is None
