@@ -10,6 +10,7 @@ import pytest
 
 from tests.e2e import harness
 from tests.e2e.harness import Done, Process, start, vila2_fast, wait_for
+from vila2.augment.step import digest_of_file
 
 RECIPE = """
 threads = 1
@@ -76,6 +77,34 @@ kind = "world"
 split = "instruct"
 texts = "ocr"
 image_size = 70
+[[specialist]]
+name = "spatial"
+prompt = "spatial"
+[[specialist.stage]]
+name = "spatial"
+train = ["projector", "decoder"]
+steps = 1
+batch_examples = 1
+lr = 1e-3
+[[specialist.stage.data]]
+kind = "world"
+split = "instruct"
+texts = "spatial"
+image_size = 70
+[[specialist]]
+name = "grounding"
+prompt = "grounding"
+[[specialist.stage]]
+name = "grounding"
+train = ["vision", "projector", "decoder"]
+steps = 1
+batch_examples = 1
+lr = 1e-3
+[[specialist.stage.data]]
+kind = "world"
+split = "instruct"
+texts = "grounding"
+image_size = 70
 """
 
 
@@ -85,6 +114,7 @@ class Run:
     def __init__(self, tmp: Path, base: Path) -> None:
         self.tmp, self.out = tmp, tmp / "run"
         self.recipe = tmp / "recipe.toml"
+        self.said = ""  # of the run that went to the end
         self.recipe.write_text(RECIPE.replace("BASE", str(base)))
 
     def arguments(self, *more: str) -> list[str]:
@@ -95,6 +125,11 @@ class Run:
 
     def start(self, *more: str) -> Process:
         return start(self.tmp, *self.arguments(*more))
+
+    def tower(self, model: str) -> str:
+        """What names the weights of a model's tower."""
+        file = self.out / "seed-0" / model / "checkpoint" / "vision_tower" / "model.safetensors"
+        return digest_of_file(file)
 
     def ledger(self) -> list[dict[str, Any]]:
         path = self.out / "ledger.jsonl"
@@ -122,6 +157,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, vila15: Path) -> Run:
     run = Run(tmp_path_factory.mktemp("reference"), vila15)
     done = run.loop()
     assert done.code == 0, done.stderr
+    run.said = done.stderr
     return run
 
 
@@ -156,10 +192,38 @@ def test_rounds_change_texts_alone(reference: Run) -> None:
     assert len(places) == 5
     assert all(new["text"].startswith(old["text"]) for old, new in zip(originals, first, strict=True))
     assert any(new["text"] != old["text"] for old, new in zip(originals, first, strict=True))
-    turns = [turn for record in final for turn in record.get("turns", [])]
-    assert turns
-    assert all(turn["question"].startswith("Read the writing") for turn in turns)
+    turns = [[turn["question"] for turn in record.get("turns", [])] for record in final]
+    assert any(turns)
+    assert {len(asked) for asked in turns} <= {0, 1, 2, 3}
+    assert any(question.startswith("Read the writing") for asked in turns for question in asked)
     assert [r["text"] for r in final] == [r["text"] for r in originals]
+
+
+def test_specialists_with_one_tower_share_its_encode_and_the_others_are_told_of(reference: Run) -> None:
+    lines = {line["step"].removeprefix("seed-0/"): line for line in reference.ledger()}
+    best = lines["round-2/gain"]["values"]["best"]
+    start = reference.tower(f"round-{best}/train/01-pretrain")
+    assert reference.tower("specialist-ocr/train/01-ocr") == start
+    assert reference.tower("specialist-spatial/train/01-spatial") == start
+    assert reference.tower("specialist-grounding/train/01-grounding") != start
+    together = lines["specialists/recaption"]["metrics"]["captioner"]
+    assert (together["images_encoded"], together["images_shared"]) == (5, 5)
+    assert lines["specialists/recaption"]["metrics"]["captions"] == 10
+    assert lines["specialist-grounding/recaption"]["metrics"]["captioner"]["images_encoded"] == 5
+    own = "grounding encodes every image by itself: it trains the tower"
+    assert (
+        "specialists/recaption (ocr, spatial of every image, one encode for all 2 specialists)"
+        in reference.said
+    )
+    assert "grounding of every image, an encode of its own: it trains the tower" in reference.said
+    plan = reference.loop("--dry-run", "--set", "out=unused").stdout
+    assert "one encode an image serves 2 specialists: ocr, spatial" in plan
+    assert own in plan
+    report = vila2_fast(
+        reference.tmp, "report", reference.out, "--out", reference.tmp / "r.html", "--images", "0"
+    )
+    assert own in report.stdout
+    assert "it trains the tower" in (reference.tmp / "r.html").read_text()
 
 
 def test_again_it_does_nothing(reference: Run) -> None:

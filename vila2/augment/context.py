@@ -31,7 +31,14 @@ class Outcome:
     seconds: float | None = None
 
 
-Observe = Callable[[str, Any], None]  # the step's name, and its own progress
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The first that is heard of a step: what it is there for."""
+
+    why: str
+
+
+Observe = Callable[[str, Any], None]  # the step's name, and `Begun` or its own progress
 
 
 @dataclass(frozen=True, slots=True)

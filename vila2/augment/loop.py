@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vila2.augment import base, boxes, carry, gates, source, texts
-from vila2.augment.context import Context, Observe, Outcome, Stopped
+from vila2.augment.context import Begun, Context, Observe, Outcome, Stopped
 from vila2.augment.ledger import Clock, Ledger, costs, now, versions
 from vila2.augment.plan import Decided, ancestors, dependants, find_step, plan
 from vila2.augment.recipe import LoopRecipe
@@ -210,7 +210,7 @@ class Loop:
             self.observe,
             {name: record["values"] for name, record in state.records.items()},
         )
-        self.observe(step.name, None)
+        self.observe(step.name, Begun(step.why))
         self.interrupts.grace_s = _TRAIN_GRACE_S if step.kind == "train" else 5.0
         try:
             outcome: Outcome = _WORK[step.kind](step, context)

@@ -21,6 +21,7 @@ from vila2.augment.base import make_base
 from vila2.augment.boxes import FILE_NAME as BOXES_FILE
 from vila2.augment.carry import device_of, recaption_settings
 from vila2.augment.context import Context
+from vila2.augment.encodes import encode_plan
 from vila2.augment.loop import State
 from vila2.augment.plan import SOURCE
 from vila2.augment.recipe import BASE, LoopRecipe
@@ -66,6 +67,7 @@ class LoopEstimate:
     currency: str
     device: str
     probe_s: float
+    encodes: list[str]  # what an image costs of encodes when the specialists are asked
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -104,6 +106,7 @@ def estimate(recipe: LoopRecipe) -> LoopEstimate:
         recipe.cost.currency,
         device,
         time.monotonic() - started,
+        encode_plan(recipe),
     )
 
 

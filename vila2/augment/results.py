@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from vila2.augment.carry import EVALUATION
+from vila2.augment.encodes import encode_plan
 from vila2.augment.ledger import FILE_NAME as LEDGER
 from vila2.augment.ledger import read_ledger
 from vila2.augment.loop import RECIPE
 from vila2.augment.measured import gains, read_measured
+from vila2.augment.recipe import LoopRecipe
 from vila2.augment.step import read_json
+from vila2.config import make_settings
 from vila2.errors import OutputError, UsageError
 from vila2.evaluate.evaluation import Evaluation
 
@@ -60,6 +63,7 @@ class Results:
     metrics: dict[str, dict[str, dict[str, Figure]]]
     against: dict[str, list[Against]]
     captions: dict[str, dict[str, float]]  # model -> what its captions are like, the mean over seeds
+    encodes: list[str]  # what an image cost of encodes when the specialists were asked
     cost: dict[str, dict[str, float]]  # kind of step -> seconds, hours, money
     currency: str
     recipe: dict[str, Any]
@@ -97,6 +101,7 @@ def read_results(run: Path) -> Results:
         metrics={split: _metrics(by_model, models, known) for split, by_model in found.items()},
         against={split: _comparisons(by_model, best) for split, by_model in found.items()},
         captions=_captions(ledger),
+        encodes=_encodes(recipe),
         cost=_cost(ledger),
         currency=str(recipe["cost"]["currency"]),
         recipe=recipe,
@@ -276,6 +281,13 @@ def _captions(ledger: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]
         model: {key: statistics.fmean(values) for key, values in figures.items()}
         for model, figures in found.items()
     }
+
+
+def _encodes(recipe: dict[str, Any]) -> list[str]:
+    try:
+        return encode_plan(make_settings(LoopRecipe, recipe))
+    except UsageError:
+        return []  # the recipe of another version
 
 
 def _cost(ledger: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -109,6 +109,7 @@ def _describe_estimate(result: "LoopEstimate") -> str:
     for step in result.steps:
         figures = f"{clock(step.seconds):>8} {_size(step.disk_bytes):>9}" if step.basis else " " * 18
         lines.append(f"{step.step:<{width}}  {figures}  {step.why}{' (begun)' if step.begun else ''}")
+    lines += result.encodes
     money = f", {result.cost:.2f} {result.currency}" if result.cost else ""
     lines.append(
         f"{len(result.steps)} steps left: {clock(result.seconds)} (h:mm:ss), {_size(result.disk_bytes)} on disk"

@@ -72,6 +72,8 @@ def _show(results: "Results", metrics: tuple[str, ...], every: bool) -> None:
         for pair in shown or results.against[split]:
             click.echo(_gains(pair, names, results))
         click.echo("")
+    for text in results.encodes:
+        click.echo(text)
 
 
 def _print_markdown(results: "Results", metrics: tuple[str, ...], every: bool) -> None:

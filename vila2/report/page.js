@@ -242,6 +242,10 @@ function tables() {
     asked.map(({step, metrics: m}) => [step, m.captions, m.status.ok || 0, m.status.truncated || 0, m.status.repetitive || 0,
       m.status.error || 0, m.rates ? round(m.rates.retried) : "", Object.entries(m.errors).map(([k, n]) => `${k} ${n}`).join(", "),
       m.captions_per_s ? round(m.captions_per_s) : ""])));
+  const counted = asked.filter(line => line.metrics.captioner?.images_encoded !== undefined);
+  $("encodes-said").textContent = (D.encodes || []).map(text => `${text[0].toUpperCase()}${text.slice(1)}.`).join(" ");
+  $("encodes").replaceChildren(grid(["step, in its last sitting", "prompts", "images encoded", "captions from an encode made for another"],
+    counted.map(({step, settings, metrics: {captioner: c}}) => [step, (settings?.prompt || []).join(", "), c.images_encoded, c.images_shared])));
   const gpu = Object.values(D.cost).some(c => c.gpu_hours);
   $("cost").replaceChildren(grid(["steps of kind", "number", "time", gpu ? "GPU hours" : "CPU hours", "images", "per 1,000 images (h)", D.currency],
     Object.entries(D.cost).map(([kind, c]) => {

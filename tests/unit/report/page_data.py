@@ -31,6 +31,7 @@ def make_data(rows: int) -> dict[str, Any]:
         "errors": {EVIL: 1},
         "rates": {"retried": 0.1},
         "captions_per_s": 3.0,
+        "captioner": {"images_encoded": 4, "images_shared": 8},
     }
     line = {
         "step": EVIL,
@@ -39,6 +40,7 @@ def make_data(rows: int) -> dict[str, Any]:
         "seconds": 1.0,
         "device": "cpu",
         "digest": "d" * 32,
+        "settings": {"prompt": ["ocr", EVIL]},
     }
     cost = {"seconds": 4000.0, "cpu_hours": 1.0, "gpu_hours": 0.0, "cost": 2.0, "images": 10.0, "steps": 1.0}
     return {
@@ -47,6 +49,7 @@ def make_data(rows: int) -> dict[str, Any]:
         "against": {split: [{"model": "round-1", "other": EVIL, "gains": {"objects.f1": figure(0.2)}}]
                     for split in ("test", "dev")},
         "captions": {"round-1": {"words": 5.0}}, "cost": {"train": cost}, "currency": EVIL,
+        "encodes": ["one encode for all", EVIL],
         "recipe": {"saturation": {"metrics": ["objects.f1"]}, "x": EVIL}, "ledger": [{**line, "metrics": summary}],
         "gallery": gallery,
     }  # fmt: skip

@@ -87,6 +87,8 @@ def test_in_a_browser_it_filters_searches_sorts_and_stays_quiet(browser: Any, tm
     assert shown.locator("#gains .gain.good").count() == 1
     first = shown.locator("#gains td").first
     assert first.inner_text().startswith("round-1 over </script>")
+    assert "One encode for all." in shown.locator("#encodes-said").inner_text()
+    assert shown.locator("#encodes td").all_inner_texts()[2:] == ["4", "8"]
     column = shown.locator("#metrics td:first-child")
     before = column.all_text_contents()
     shown.locator("summary", has_text="All metrics").click()
