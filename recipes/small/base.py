@@ -11,7 +11,6 @@ in recipes/ that use it name the same themes and the same image size.
 import argparse
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +27,11 @@ from vila2.recaption.interrupt import Interrupts
 from vila2.train.recipe import Recipe
 from vila2.train.tower import TowerSettings, fresh_tower, train_tower, write_figures
 from vila2.train.trainer import Trainer
-from vila2.train.vocabulary import write_vocabulary
-from vila2.world import World, WorldSettings, texts
+from vila2.train.vocabulary import world_corpus, write_vocabulary
+from vila2.world import World, WorldSettings
 
 PATCH, HEAD, CONTEXT = 12, 32, 512
 INTERRUPTED = 130
-
-
-def corpus(world: World, scenes: int) -> Iterator[str]:
-    """Every kind of text that this world writes."""
-    for index in range(scenes):
-        scene = world.scene("pretrain", index)
-        yield texts.alt_text(scene, world.settings.alt).text
-        for kind, prompts in texts.CAPTION_PROMPTS.items():
-            yield prompts[index % len(prompts)]
-            yield texts.caption_for(scene, kind)
-        yield texts.layout(scene)
-        for question in texts.questions(scene, limit=8):
-            yield f"{question.question} {question.answer}"
 
 
 def model_config(side: int, width: int, layers: int, vocab_size: int) -> ModelConfig:
@@ -131,7 +117,8 @@ def main() -> None:
     world = WorldSettings(themes=tuple(args.themes.split(",")), sign_words=args.sign_words)
     tokenizer, tower, base = args.out / "tokenizer", args.out / "tower", args.out / "base"
     if not (tokenizer / "tokenizer_config.json").is_file():
-        write_vocabulary(tokenizer, corpus(World(world), 1500), args.tokens, context=CONTEXT)
+        corpus = world_corpus(World(world), "pretrain", 1500)
+        write_vocabulary(tokenizer, corpus, args.tokens, context=CONTEXT)
     if not (tower / "tower.json").is_file():
         config = model_config(args.image_size, args.width, args.layers, len(load_tokenizer(tokenizer)))
         kept = (args.image_size // PATCH) ** 2 * 3 // 8

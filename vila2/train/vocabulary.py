@@ -5,8 +5,10 @@ three digit tokens each, so a model learns them by place.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from vila2.world import World, texts
 
 END = "<|end|>"
 USER = "<|user|>"
@@ -20,8 +22,27 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_vocabulary(folder: str | Path, texts: Iterable[str], vocab_size: int, context: int) -> int:
-    """Learn a tokenizer of at most `vocab_size` tokens from `texts` and write it into `folder`; returns its size.
+def world_corpus(world: World, split: str, scenes: int, *, instructions: bool = False) -> Iterator[str]:
+    """Every kind of text that `world` writes about the first scenes of a split; prompts and names come often.
+
+    Alt-texts, captions with their prompts, layouts and questions; `instructions` adds those that are about no image.
+    """
+    for index in range(scenes):
+        scene = world.scene(split, index)
+        yield texts.alt_text(scene, world.settings.alt).text
+        for kind, prompts in texts.CAPTION_PROMPTS.items():
+            yield prompts[index % len(prompts)]
+            yield texts.caption_for(scene, kind)
+        yield texts.layout(scene)
+        for question in texts.questions(scene, limit=8):
+            yield f"{question.question} {question.answer}"
+        if instructions:
+            for asked, answer in texts.instruction(split, index):
+                yield f"{asked} {answer}"
+
+
+def write_vocabulary(folder: str | Path, corpus: Iterable[str], vocab_size: int, context: int) -> int:
+    """Learn a tokenizer of at most `vocab_size` tokens from `corpus` and write it into `folder`; returns its size.
 
     The same texts in the same order give the same files. `context` is the model's longest sequence, in tokens.
     """
@@ -39,7 +60,7 @@ def write_vocabulary(folder: str | Path, texts: Iterable[str], vocab_size: int, 
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(root / "tokenizer.json"))
