@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--precision", choices=["bf16", "int8"], help="this one alone")
+    parser.add_argument("--samples", type=int, help="int8 rounded for so many samples alone")
     parser.add_argument("--no-row", action="store_true", help="print only; leave bench/results alone")
     args = parser.parse_args()
 
@@ -33,7 +35,10 @@ def main() -> None:
 
     world = of_world(args.checkpoint, args.images)
     calibration = replace(world, max_new_tokens=args.new_tokens, max_kl=None, min_agreement=None)
-    for precision, samples in STEPS:
+    steps = [(p, n) for p, n in STEPS if args.precision in (None, p)]
+    if args.samples is not None:
+        steps = [("int8", args.samples)]
+    for precision, samples in steps:
         with tempfile.TemporaryDirectory() as folder:
             begin = perf_counter()
             record = build_engine(

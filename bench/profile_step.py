@@ -25,7 +25,7 @@ TIMED = {
         "vila2.model.quantized:add_rms_norm_byte_linear",
         "vila2.model.quantized:layer_norm_byte_linear",
         "vila2.model.quantized:byte_linear",
-        "vila2.model.decoder:linear_top",  # the head, with the search for the best token
+        "vila2.model.decoder:head_top",  # the head, with the search for the best token
     ),
     "attention": (
         "vila2.engine.runner:paged_attention",

@@ -17,7 +17,7 @@ from torch import Tensor
 from vila2.engine.scheduler import Chunk
 from vila2.engine.sequence import Sequence
 from vila2.model.decoder import Decoder
-from vila2.ops.top import MOST_TOP
+from vila2.ops.head import MOST_TOP
 from vila2.types import SamplingParams
 
 _MASK = (1 << 64) - 1

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vila2.ops.activations import silu_mul
+from vila2.ops.head import head_scores, head_top
 from vila2.ops.linear import Linear
 from vila2.ops.norms import add_rms_norm
 from vila2.ops.rope import apply_rope, rope_tables
-from vila2.ops.top import finds_top, linear_top
+from vila2.ops.top import finds_top
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -161,7 +162,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token scores (n, vocab) of final-normed `hidden` (n, hidden)."""
-        return self.lm_head(hidden)
+        return head_scores(hidden, self.lm_head)
 
     @property
     def finds_top(self) -> bool:
@@ -170,7 +171,7 @@ class Decoder(nn.Module):
 
     def top(self, hidden: Tensor, count: int, banned: Tensor, is_banned: Tensor) -> tuple[Tensor, Tensor]:
         """The `count` best scores of each row of `hidden` and their tokens, as `vila2.ops.top.top_reference`."""
-        return linear_top(hidden, self.lm_head, count, banned, is_banned)
+        return head_top(hidden, self.lm_head, count, banned, is_banned)
 
 
 class DenseAttend:

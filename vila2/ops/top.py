@@ -16,7 +16,7 @@ from vila2.ops.quant import PackedBytes
 if TYPE_CHECKING:
     from vila2._C import ByteWeights, PackedWeights
 
-MOST_TOP = 128  # columns of a row that `_C` keeps
+KERNEL_TOP = 128  # columns of a row that `_C` keeps
 
 _HAS_TOP = native is not None and hasattr(native.PackedWeights, "top")  # not in a `_C` built before it was
 
@@ -52,7 +52,7 @@ def _handle(linear: Linear) -> "PackedWeights | ByteWeights | None":
 def linear_top(
     x: Tensor, linear: Linear, count: int, banned: Tensor, is_banned: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`top_reference(linear(x), ...)` of `x` (rows, depth). ValueError if `count` passes the columns, or MOST_TOP."""
+    """`top_reference(linear(x), ...)` of `x` (rows, depth). ValueError if `count` passes the columns, or KERNEL_TOP."""
     handle = _handle(linear)
     if handle is None:
         return top_reference(linear(x), count, banned, is_banned)

@@ -20,6 +20,7 @@ from vila2.engine.sampler import (
 )
 from vila2.engine.scheduler import Chunk
 from vila2.engine.sequence import EngineRequest, Sequence, start_sequence
+from vila2.ops.head import MOST_TOP
 from vila2.ops.linear import Linear, pack
 from vila2.ops.native import native
 from vila2.ops.top import linear_top
@@ -140,8 +141,8 @@ def test_the_best_scores_alone_give_the_tokens_of_all_scores():
     samplings: list[dict[str, Any]] = [
         {},
         {"temperature": 0.7, "top_k": 5},
-        {"temperature": 1.3, "top_k": 128, "top_p": 0.8},
-        {"temperature": 1.0, "top_k": 129},
+        {"temperature": 1.3, "top_k": MOST_TOP, "top_p": 0.8},
+        {"temperature": 1.0, "top_k": MOST_TOP + 1},
         {"temperature": 1.0, "top_p": 0.9},
         {"min_new_tokens": 2},
         {"ignore_eos": True, "temperature": 0.5, "top_k": 3},

@@ -9,7 +9,7 @@ from vila2.ops.linear import Linear, pack
 from vila2.ops.native import native
 from vila2.ops.quant import pack_bytes, quantize_weight
 from vila2.ops.threads import set_threads
-from vila2.ops.top import MOST_TOP, finds_top, linear_top, top_reference
+from vila2.ops.top import KERNEL_TOP, finds_top, linear_top, top_reference
 
 pytestmark = pytest.mark.skipif(native is None, reason="vila2._C is not built")
 
@@ -44,7 +44,7 @@ def test_the_products_best(rows, columns, kind):
     x = torch.randn(rows, 48, generator=torch.Generator().manual_seed(columns))
     is_banned = (torch.arange(rows) % 2).to(torch.uint8)
     banned = torch.arange(0, columns, 3)[:40]
-    for count in {1, min(5, columns), min(MOST_TOP, columns)}:
+    for count in {1, min(5, columns), min(KERNEL_TOP, columns)}:
         check(linear, x, count, banned, is_banned)
         check(linear, x, count, NONE, is_banned)
 
@@ -107,7 +107,7 @@ def test_weights_that_are_not_packed_take_the_reference():
         assert torch.equal(columns, linear(x).topk(2).indices)
 
 
-@pytest.mark.parametrize("count", [0, 31, MOST_TOP + 1])
+@pytest.mark.parametrize("count", [0, 31, KERNEL_TOP + 1])
 def test_a_wrong_count_is_refused(count):
     none = torch.zeros(2, dtype=torch.uint8)
     for kind, columns in (("float32", 30), ("int8", 30), ("bfloat16", 300)):
