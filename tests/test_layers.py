@@ -67,6 +67,7 @@ RIMS = {
     "tensorrt_llm": ("vila2/backends/",),
     "triton": ("kernels/",),
     "modelopt": ("vila2/backends/trtllm_quantize.py",),
+    "aiohttp": ("vila2/backends/",),
     "httpx": ("vila2/backends/",),
     "starlette": ("vila2/serve/",),
     "uvicorn": ("vila2/serve/",),

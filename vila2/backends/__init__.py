@@ -61,8 +61,8 @@ def open_captioner(settings: RecaptionSettings) -> Captioner:
     try:
         loaded = import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != "httpx":
+        if error.name not in ("aiohttp", "httpx"):
             raise
-        raise UsageError('--backend http needs httpx: pip install "vila2-fast[http]"') from None
+        raise UsageError(f'--backend http needs {error.name}: pip install "vila2-fast[http]"') from None
     captioner: Captioner = getattr(loaded, maker)(settings)
     return captioner

@@ -17,13 +17,14 @@ from functools import lru_cache
 import httpx
 
 from vila2.backends.http_limit import AdaptiveLimit
-from vila2.backends.http_transport import IdleConnections, goes_direct
+from vila2.backends.http_transport import find_proxy, open_transport
 from vila2.backends.http_wire import (
     ChatReply,
     ExchangeError,
     Secret,
     Trouble,
     below,
+    login,
     parse_base_url,
     parse_reply,
     request,
@@ -37,6 +38,7 @@ MAX_IN_FLIGHT = 256
 KEEPALIVE_S = 20.0  # servers commonly keep an idle connection longer
 LONGEST_WAIT_S = 30.0  # between two attempts of our own choice; a Retry-After may be longer
 MAX_HOMES = 1024
+_USER_AGENT = "vila2-fast"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,15 @@ class Server:
             self.resumes_at = max(self.resumes_at, now + wait)
 
 
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """How a server's chat completions are asked for."""
+
+    transport: httpx.AsyncBaseTransport
+    url: httpx.URL
+    headers: dict[str, str]
+
+
 @dataclass(slots=True, eq=False)
 class _Waiter:
     future: "asyncio.Future[Server]"
@@ -149,7 +160,8 @@ class Fleet:
         self.in_flight = 0
         self.num_requests = self.num_retries = self.num_busy = self.num_faults = 0
         self.server_s = 0.0
-        self._client: httpx.AsyncClient | None = None
+        self._transports: dict[str | None, httpx.AsyncBaseTransport] = {}
+        self._routes: dict[Server, _Route] = {}
         self._waiting: deque[_Waiter] = deque()
         self._wake: asyncio.TimerHandle | None = None
         self._homes: dict[
@@ -202,40 +214,44 @@ class Fleet:
     async def get(self, server: Server, path: str) -> bytes:
         """A GET below the server's base, once. Raises ExchangeError."""
         timeout_s = min(30.0, self.settings.timeout_s)
-        return await request(self._open(), "GET", below(server.url, path), None, timeout_s, self.secret)
+        url, headers = below(server.url, path), self._headers(server)
+        return await request(self._open(server), "GET", url, headers, None, timeout_s, self.secret)
 
     async def close(self) -> None:
         if self._wake is not None:
             self._wake.cancel()
-        if self._client is not None:
-            await self._client.aclose()
+        for transport in self._transports.values():
+            await transport.aclose()
 
-    def _open(self) -> httpx.AsyncClient:
-        if self._client is None:
-            # How many connections there are is the limits' business; each exchange has one timeout over all of it.
-            limits = httpx.Limits(
-                max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_S
-            )
-            timeout = httpx.Timeout(self.settings.timeout_s, connect=min(15.0, self.settings.timeout_s))
-            # httpx finds proxies by itself, but not for a transport of ours.
-            direct = all(goes_direct(server.url) for server in self.servers)
-            self._client = httpx.AsyncClient(
-                verify=_tls(),
-                limits=limits,
-                timeout=timeout,
-                headers=self.secret.headers,
-                transport=IdleConnections(_tls(), KEEPALIVE_S) if direct else None,
-            )
-        return self._client
+    def _headers(self, server: Server) -> dict[str, str]:
+        return {"user-agent": _USER_AGENT, **self.secret.headers, **login(server.url)}
+
+    def _open(self, server: Server) -> httpx.AsyncBaseTransport:
+        """What carries a server's requests; those without a proxy share one."""
+        proxy = find_proxy(server.url)
+        if proxy not in self._transports:
+            self._transports[proxy] = open_transport(proxy, _tls(), KEEPALIVE_S)
+        return self._transports[proxy]
 
     async def _exchange(self, server: Server, body: bytes) -> ChatReply:
         """One attempt at one server, its outcome noted with the server."""
         now = asyncio.get_running_loop().time
         ticket, start = server.limit.begin(server.in_flight), now()
-        url = below(server.url, "chat/completions")
         self.num_requests += 1
+        if server not in self._routes:
+            headers = {**self._headers(server), "content-type": "application/json"}
+            self._routes[server] = _Route(self._open(server), below(server.url, "chat/completions"), headers)
+        route = self._routes[server]
         try:
-            content = await request(self._open(), "POST", url, body, self.settings.timeout_s, self.secret)
+            content = await request(
+                route.transport,
+                "POST",
+                route.url,
+                route.headers,
+                body,
+                self.settings.timeout_s,
+                self.secret,
+            )
             reply = parse_reply(content, self.secret)
         except ExchangeError as error:
             if (

@@ -8,6 +8,9 @@ import asyncio
 import json
 import os
 import re
+import sys
+from base64 import b64encode
+from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import Enum
@@ -17,7 +20,13 @@ import httpx
 
 from vila2.errors import UsageError
 
+if sys.version_info >= (3, 11):
+    from asyncio import timeout
+else:
+    from async_timeout import timeout
+
 MAX_ANSWER_BYTES = 8 << 20  # no caption is near it; a server that sends on and on shall not fill our memory
+CONNECT_S = 15.0
 _SHOWN_CHARS = 200
 _BUSY = (408, 409, 425, 429, 503, 529)
 _FATAL = (401, 402, 403, 404, 405, 407)
@@ -95,48 +104,64 @@ def shown(url: httpx.URL) -> str:
     return str(url.copy_with(userinfo=b"", query=None))
 
 
+def login(url: httpx.URL) -> dict[str, str]:
+    """The header that a URL's user and password ask for."""
+    if not url.userinfo:
+        return {}
+    coded = b64encode(f"{url.username}:{url.password}".encode()).decode("ascii")
+    return {"Authorization": f"Basic {coded}"}
+
+
 def below(url: httpx.URL, path: str) -> httpx.URL:
     return url.copy_with(path=f"{url.path}/{path}")
 
 
 async def request(
-    client: httpx.AsyncClient,
+    transport: httpx.AsyncBaseTransport,
     method: str,
     url: httpx.URL,
+    headers: Mapping[str, str],
     body: bytes | None,
     timeout_s: float,
     secret: Secret,
 ) -> bytes:
     """The whole body of a 200 answer. ExchangeError for anything else, within `timeout_s` in all."""
+    waits = {"connect": min(CONNECT_S, timeout_s), "read": timeout_s, "write": timeout_s, "pool": timeout_s}
     try:
-        return await asyncio.wait_for(_request(client, method, url, body, secret), timeout_s)
+        async with timeout(timeout_s):
+            # Straight to the transport: httpx's client adds cookies, redirects and logins, which no server of
+            # ours needs, and which cost as much as the exchange.
+            question = httpx.Request(
+                method, url, headers=headers, content=body, extensions={"timeout": waits}
+            )
+            response = await transport.handle_async_request(question)
+            try:
+                return await _read(response, secret)
+            finally:
+                await response.aclose()
     except (asyncio.TimeoutError, httpx.TimeoutException) as error:
         connecting = isinstance(error, httpx.ConnectTimeout)
         reason = "cannot connect" if connecting else "no answer"
         trouble = Trouble.DOWN if connecting else Trouble.FAULT
         raise ExchangeError(trouble, f"{reason} within {timeout_s:g} s") from None
-    except httpx.ConnectError as error:
+    except (httpx.ConnectError, httpx.ProxyError) as error:
         raise ExchangeError(Trouble.DOWN, f"cannot connect: {_clean(str(error), secret)}") from None
     except httpx.HTTPError as error:  # the network failed, or what came is not HTTP
         reason = _clean(str(error), secret) or type(error).__name__
         raise ExchangeError(Trouble.FAULT, f"the connection broke: {reason}") from None
 
 
-async def _request(
-    client: httpx.AsyncClient, method: str, url: httpx.URL, body: bytes | None, secret: Secret
-) -> bytes:
-    headers = {"content-type": "application/json"} if body is not None else {}
-    async with client.stream(method, url, content=body, headers=headers) as response:
-        pieces, size = [], 0
-        async for piece in response.aiter_bytes():
-            pieces.append(piece)
-            size += len(piece)
-            if size > MAX_ANSWER_BYTES:
-                raise ExchangeError(Trouble.FAULT, f"an answer of more than {MAX_ANSWER_BYTES} bytes")
-        content = b"".join(pieces)
-        if response.status_code == 200:
-            return content
-        raise _refusal(response, content, secret)
+async def _read(response: httpx.Response, secret: Secret) -> bytes:
+    pieces, size = [], 0
+    async for piece in response.aiter_bytes():
+        pieces.append(piece)
+        size += len(piece)
+        if size > MAX_ANSWER_BYTES:
+            raise ExchangeError(Trouble.FAULT, f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+    content = b"".join(pieces)
+    if response.status_code == 200:
+        return content
+    raise _refusal(response, content, secret)
 
 
 def _refusal(response: httpx.Response, content: bytes, secret: Secret) -> ExchangeError:

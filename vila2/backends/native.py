@@ -27,9 +27,9 @@ from vila2.backends.engine_dir import (
     read_engine,
 )
 from vila2.config import RecaptionSettings
-from vila2.engine.cuda_graphs import padded_sizes
 from vila2.engine.engine import Engine, EngineLimits
-from vila2.engine.gpu_memory import fitting_batch_tokens, kv_budget, out_of_memory
+from vila2.engine.gpu_memory import fitting_batch_tokens, out_of_memory
+from vila2.engine.measure import plan_card
 from vila2.engine.sequence import EngineRequest, Finished, ImageSpan
 from vila2.errors import UsageError
 from vila2.model.checkpoint import LoadedCheckpoint, load_checkpoint
@@ -67,6 +67,8 @@ class NativeCaptioner:
             checkpoint.tokenizer.decode,
             kv_dtype=plan.kv_dtype,
         )
+        if limits.card is not None:
+            self.description += f"; {limits.card.describe(self.engine.runner.cache.nbytes)}"
         if self.is_on_gpu:
             self._fit_steps()
         self._under_way: dict[int, CaptionRequest] = {}
@@ -86,6 +88,7 @@ class NativeCaptioner:
             max_batch_tokens=limits.max_batch_tokens,
             max_num_seqs=limits.max_num_seqs,
             vision_batch=limits.vision_batch,
+            steps=None if limits.card is None else limits.card.needs.steps,
         )
 
     @property
@@ -252,8 +255,9 @@ def open_checkpoint(
         checkpoint, plan, name, device = _find(path, device, precision, deterministic)
         processor = replace(checkpoint.image_processor, exact=resize == "exact")
         checkpoint = replace(checkpoint, image_processor=processor)
-        limits = size_engine(checkpoint, plan, device, batch_size, max_new_tokens, gpu_memory, processes)
-        limits = replace(limits, group_prefixes=shares_images)
+        limits = size_engine(
+            checkpoint, plan, device, batch_size, max_new_tokens, gpu_memory, processes, shares_images
+        )
         return NativeCaptioner(checkpoint, plan, name, template or checkpoint.config.template, limits)
     except torch.OutOfMemoryError:
         free, total = torch.cuda.mem_get_info()
@@ -317,31 +321,38 @@ def size_engine(
     max_new_tokens: int,
     gpu_memory: float = 0.9,
     processes: int = 1,
+    shares_images: bool = False,
 ) -> EngineLimits:
     """Batch sizes for the device, and a cache for the batch within a share of the free memory.
 
-    UsageError when not even one sequence of the model's usual length fits.
+    On a card the largest batches are run and the graphs captured to see what they leave. UsageError when not even one
+    sequence of the model's usual length fits.
     """
     config = checkpoint.config.decoder
     bytes_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * plan.kv_dtype.itemsize
     # An image at its largest (dynamic tiles) and about 256 tokens of text beside the caption.
     usual = min(checkpoint.image_processor.max_tokens + 256 + max_new_tokens, config.max_positions)
     max_num_seqs = batch_size or (256 if device == "cuda" else 64)
-    max_batch_tokens = max(8192 if device == "cuda" else 512, max_num_seqs)
-    vision_batch = 64 if device == "cuda" else 8
+    limits = EngineLimits(
+        max_num_seqs=max_num_seqs,
+        max_batch_tokens=max(8192 if device == "cuda" else 512, max_num_seqs),
+        vision_batch=64 if device == "cuda" else 8,
+        burst=8 if device == "cuda" else 1,
+        group_prefixes=shares_images,
+    )
     budget = 0.4 * available_memory() / processes
     if device == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        budget = kv_budget(
-            checkpoint.config,
-            free=free,
-            total=total,
+        room = min(config.max_positions, (max_num_seqs + 1) * usual)
+        limits = plan_card(
+            checkpoint.model,
+            limits,
+            plan.kv_dtype,
+            checkpoint.tokenizer.eos_ids,
+            room=room,
             share=gpu_memory,
-            max_batch_tokens=max_batch_tokens,
-            max_num_seqs=max_num_seqs,
-            vision_batch=vision_batch,
-            num_graphs=2 * len(padded_sizes(max_num_seqs)),  # with and without groups
         )
+        assert limits.card is not None
+        budget = limits.card.kv_bytes
     most = int(budget // bytes_per_token)
     if most < usual:
         raise UsageError(
@@ -351,10 +362,4 @@ def size_engine(
     num_kv_tokens = min(most, max_num_seqs * usual + usual)
     if batch_size is None:
         max_num_seqs = max(1, min(max_num_seqs, num_kv_tokens // usual))
-    return EngineLimits(
-        max_num_seqs=max_num_seqs,
-        max_batch_tokens=max_batch_tokens,
-        vision_batch=vision_batch,
-        num_kv_tokens=num_kv_tokens,
-        burst=8 if device == "cuda" else 1,
-    )
+    return replace(limits, max_num_seqs=max_num_seqs, num_kv_tokens=num_kv_tokens)

@@ -75,8 +75,8 @@ def _uses(extension: dict[str, Any], has_gpu: bool) -> dict[str, str]:
         "model": model,
         "--backend trtllm": _tensorrt_llm(),
         "--backend http": "any OpenAI-compatible server"
-        if find_spec("httpx")
-        else "needs httpx (extra http)",
+        if find_spec("httpx") and find_spec("aiohttp")
+        else "needs httpx and aiohttp (extra http)",
         "serve": "ready" if not (lacking := _lacking_for_serve()) else f"needs {lacking} (extra serve)",
     }
 

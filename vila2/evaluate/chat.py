@@ -44,9 +44,9 @@ class ChatClient:
         try:
             from vila2.backends import http_client
         except ModuleNotFoundError as error:
-            if error.name != "httpx":
+            if error.name not in ("aiohttp", "httpx"):
                 raise
-            raise UsageError('a judge needs httpx: pip install "vila2-fast[eval]"') from None
+            raise UsageError(f'a judge needs {error.name}: pip install "vila2-fast[eval]"') from None
         self.settings = settings
         self._failed = http_client.RequestFailed
         self._client = http_client.ChatClient(

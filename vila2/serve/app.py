@@ -7,9 +7,8 @@ model on a machine with few cores.
 import asyncio
 import hmac
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,6 +24,8 @@ from vila2.serve.metrics import CONTENT_TYPE, Metrics
 from vila2.types import Caption
 
 JSON = b"application/json"
+CHAT_PATH = "/v1/chat/completions"
+Result = TypeVar("Result")
 BODY_TIMEOUT_S = 60.0  # a body that comes slower than this keeps others out
 
 
@@ -146,21 +147,29 @@ class _ClientGone(Exception):
     """The connection has closed: nobody waits for the answer."""
 
 
-async def _unless_gone(work: Any, receive: Receive) -> Any:
+async def _unless_gone(work: Coroutine[Any, Any, Result], receive: Receive) -> Result:
     """Await `work`, and cancel it when the client goes. _ClientGone then."""
-    task = asyncio.ensure_future(work)
+    this = asyncio.current_task()
+    assert this is not None
+    is_gone = has_ended = False
+
+    def stop(watch: "asyncio.Task[None]") -> None:
+        nonlocal is_gone
+        if not watch.cancelled() and not has_ended:
+            is_gone = True
+            this.cancel()
+
     watch = asyncio.ensure_future(_until_gone(receive))
+    watch.add_done_callback(stop)
     try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-            raise _ClientGone
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if is_gone:
+            raise _ClientGone from None
+        raise
     finally:
+        has_ended = True
         watch.cancel()
-        task.cancel()
 
 
 async def _until_gone(receive: Receive) -> None:
@@ -275,9 +284,9 @@ def make_app(
         return answered(shown.body(), shown.status)
 
     chat = ChatEndpoint(desk, metrics, check, model, max_body)
-    return Starlette(
+    rest = Starlette(
         routes=[
-            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route(CHAT_PATH, chat, methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", one_model),
             Route("/health", health),
@@ -285,3 +294,10 @@ def make_app(
         ],
         exception_handlers={ApiError: api_error, HTTPException: http_error},
     )
+
+    # Captions go past Starlette's routes and handlers, which their endpoint does not need.
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        is_chat = scope["type"] == "http" and scope["path"] == CHAT_PATH and scope["method"] == "POST"
+        await (chat if is_chat else rest)(scope, receive, send)
+
+    return app

@@ -43,6 +43,24 @@ def names(count: int) -> list[str]:
     return [f"n{i}" for i in range(count)]
 
 
+# ---- the way there ----
+
+
+def test_a_proxy_of_the_environment_is_used_but_not_for_names_that_it_leaves_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with running(answer=echo) as server:
+        monkeypatch.setenv("http_proxy", server.url.removesuffix("/v1").removeprefix("http://"))
+        settings = ChatSettings(("http://captions.invalid:81/v1",), "m", "NO_KEY", **QUICK)
+        with ChatClient(settings) as client:
+            assert client.submit(body(0)).result(60).text == "n0"
+        assert server.asked[0].path == "http://captions.invalid:81/v1/chat/completions"
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        with client_of(server) as client:
+            assert client.submit(body(1)).result(60).text == "n1"
+        assert server.asked[1].path == "/v1/chat/completions"
+
+
 # ---- balance ----
 
 
