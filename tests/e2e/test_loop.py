@@ -175,9 +175,14 @@ def test_every_step_is_told_with_its_inputs_and_its_cost(reference: Run) -> None
     assert train["cpu_hours"] > 0
     assert train["per_1000_images"]["hours"] > 0
     assert train["versions"]["vila2-fast"]
+    assert train["settings"]["stage"][0]["epochs"] == 1.0
+    assert train["started"] < train["finished"]
+    assert 0 < train["seconds"] < 600
     assert lines["seed-0/round-2/gain"]["values"]["best"] in (1, 2)
     assert lines["seed-0/control-steps/train"]["metrics"]["steps"] > train["metrics"]["steps"]
     recaption = lines["seed-0/round-1/recaption"]
+    drafted = [lines[f"seed-0/round-{k}/recaption"]["metrics"]["captioner"]["drafted_tokens"] for k in (1, 2)]
+    assert drafted[0] == 0 < drafted[1]  # the second round starts from what the first wrote
     assert recaption["metrics"]["captions"] + recaption["metrics"]["status"].get("error", 0) == 5
 
 
@@ -224,6 +229,21 @@ def test_specialists_with_one_tower_share_its_encode_and_the_others_are_told_of(
     )
     assert own in report.stdout
     assert "it trains the tower" in (reference.tmp / "r.html").read_text()
+
+
+def test_steps_that_a_launcher_starts_come_to_the_same(run: Run, reference: Run) -> None:
+    """torchrun and Slurm are such templates; here each step is a plain process of its own, captions two."""
+    template = '"{python} -m vila2.cli {arguments}"'
+    sets = [f"launch.{kind}.command={template}" for kind in ("train", "recaption", "evaluate")]
+    sets.append("launch.recaption.processes=2")
+    done = run.loop(*(word for text in sets for word in ("--set", text)), "--until", "round-1/recaption")
+    assert done.code == 0, done.stderr
+    ends, expected = run.ends(), reference.ends()
+    assert {"train", "evaluate", "recaption"} <= {name.rpartition("/")[2] for name in ends}
+    assert ends == {name: expected[name] for name in ends}
+    folder = run.out / "seed-0" / "round-0" / "train"
+    assert (folder / "launch.log").stat().st_size > 0
+    assert (folder / "train.yaml").is_file()  # which a person could run by hand
 
 
 def test_again_it_does_nothing(reference: Run) -> None:

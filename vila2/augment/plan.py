@@ -6,6 +6,7 @@ rounds after saturation are gone from it, and what follows refers to the best ro
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vila2.augment.encodes import asked_together, why_alone
@@ -367,7 +368,8 @@ class _Seed:
                 "records with boxes worth learning from",
             )  # fmt: skip
             needs.append(f"{name}/data-{boxes.name}")
-            _point_to(stages, f"boxes:{boxes.name}", self._path(f"{name}/data-{boxes.name}/boxes.jsonl"))
+            found = self._path(f"{name}/data-{boxes.name}/boxes.jsonl")
+            _point_to(stages, f"boxes:{boxes.name}", found, str(Path(boxes.path).parent))
         recipe = {
             **{
                 key: value
@@ -440,9 +442,10 @@ def _free_of(kind: type[Recipe] | type[StageSettings]) -> set[str]:
     return {field.alias or name for name, field in kind.model_fields.items() if FREE in field.metadata}
 
 
-def _point_to(stages: list[dict[str, Any]], name: str, path: str) -> None:
-    """Replace the path `name` of data entries by `path`."""
+def _point_to(stages: list[dict[str, Any]], name: str, path: str, images: str) -> None:
+    """Replace the path `name` of data entries by `path`; their images stay where the original file has them."""
     for stage in stages:
         for entry in [*stage["data"], *stage.get("eval", [])]:
             if entry.get("path") == name:
                 entry["path"] = path
+                entry.setdefault("image_root", images)

@@ -132,21 +132,46 @@ def table(results: Results, split: str, metrics: Sequence[str] = ()) -> list[lis
     return [["", *models], *([name, *row] for name, row in zip(names, cells, strict=True))]
 
 
-def markdown(results: Results, split: str, metrics: Sequence[str]) -> list[str]:
-    """Two tables for a README: the models by metric, and what each gained, in bold where its interval leaves 0 out."""
+def markdown(
+    results: Results, split: str, metrics: Sequence[str] = (), main: Sequence[str] = ()
+) -> list[str]:
+    """Two tables for a README: a row a metric with a column a model (all metrics, or `metrics`), and what each model
+    gained on the `main` ones, in bold where its interval leaves 0 out."""
     found = results.metrics[split]
-    names = [name for name in metrics if name in found]
+    names = [name for name in metrics or found if name in found]
     models = [model for model in results.models if any(model in found[name] for name in names)]
-    heads = [f"`{name}`" for name in names]
     values = [
-        [model, *(_cell(found[name].get(model), *_shape(name, results)) for name in names)]
-        for model in models
+        [
+            f"`{name}`",
+            *(_cell(found[name].get(model), *_shape(name, results), short=True) for model in models),
+        ]
+        for name in names
     ]
-    gained = [
+    return [
+        *_lines([["", *models], *values]),
+        "",
+        *_gained(results, split, [n for n in main or names if n in found]),
+    ]
+
+
+def specialists_markdown(results: Results, split: str, main: Sequence[str]) -> list[str]:
+    """A table of what each specialist gained over the model that it is to teach; nothing without specialists."""
+    pairs = [pair for pair in results.against.get(split, ()) if pair.model.startswith("specialist-")]
+    names = [name for name in main if any(name in pair.gains for pair in pairs)]
+    return _gain_table(results, pairs, names) if pairs else []
+
+
+def _gained(results: Results, split: str, names: Sequence[str]) -> list[str]:
+    pairs = [pair for pair in results.against[split] if not pair.model.startswith("specialist-")]
+    return _gain_table(results, pairs, names)
+
+
+def _gain_table(results: Results, pairs: Sequence[Against], names: Sequence[str]) -> list[str]:
+    rows = [
         [f"{p.model} over {p.other}", *(_gain_cell(p.gains.get(n), *_shape(n, results)) for n in names)]
-        for p in results.against[split]
+        for p in pairs
     ]
-    return [*_lines([["", *heads], *values]), "", *_lines([["gain of", *heads], *gained])]
+    return _lines([["gain of", *(f"`{name}`" for name in names)], *rows])
 
 
 def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -162,16 +187,20 @@ def _gain_cell(figure: Figure | None, scale: float, digits: int) -> str:
     if figure is None:
         return ""
     sure = figure.low is not None and figure.high is not None and (figure.low > 0 or figure.high < 0)
-    text = ("+" if figure.value > 0 else "") + _cell(figure, scale, digits)
+    text = ("+" if figure.value > 0 else "") + _cell(figure, scale, digits, short=True)
     return f"**{text}**" if sure else text
 
 
-def _cell(figure: Figure | None, scale: float, digits: int) -> str:
+def _cell(figure: Figure | None, scale: float, digits: int, short: bool = False) -> str:
+    """A figure with its interval; `short` writes one that reaches as far to both sides with a plus-minus."""
     if figure is None:
         return ""
     text = f"{figure.value * scale:.{digits}f}"
     if figure.low is None or figure.high is None:
         return text
+    below, above = figure.value - figure.low, figure.high - figure.value
+    if short and math.isclose(below, above, abs_tol=1e-9):
+        return f"{text} ± {above * scale:.{digits}f}"
     return f"{text} ({figure.low * scale:.{digits}f} to {figure.high * scale:.{digits}f})"
 
 
@@ -184,7 +213,7 @@ def _latest(lines: Iterable[Mapping[str, Any]], run: Path) -> list[dict[str, Any
 def _evaluations(
     run: Path, ledger: Iterable[Mapping[str, Any]]
 ) -> dict[str, dict[str, dict[int, Evaluation]]]:
-    """split (test before dev) -> model -> seed -> what was measured; no specialists, which are only means."""
+    """split (test before dev) -> model -> seed -> what was measured; specialists are measured on dev alone."""
     found: dict[str, dict[str, dict[int, Evaluation]]] = {"test": {}, "dev": {}}
     for line in ledger:
         if line["kind"] != "evaluate":
@@ -210,7 +239,7 @@ def _metrics(
 
 
 def _comparisons(by_model: Mapping[str, Mapping[int, Evaluation]], best: Mapping[str, int]) -> list[Against]:
-    """Each round against round 0, the best round against the controls, the generalists against the best round."""
+    """Each round against round 0, the best round against the controls, generalists and specialists against it."""
     of_best = {
         seed: e for seed in by_model.get("round-0", {}) if (e := _best(by_model, best, seed)) is not None
     }
@@ -218,7 +247,9 @@ def _comparisons(by_model: Mapping[str, Mapping[int, Evaluation]], best: Mapping
     rounds = [model for model in by_model if model.startswith("round-") and model != "round-0"]
     pairs = [(model, "round-0") for model in [*_ordered(rounds), "oracle", *_controls(by_model)]]
     pairs += [("best round", control) for control in _controls(by_model)]
-    pairs += [(model, "best round") for model in _ordered(by_model) if model.startswith("vila2")]
+    pairs += [
+        (model, "best round") for model in _ordered(by_model) if model.startswith(("vila2", "specialist-"))
+    ]
     found = []
     for model, other in pairs:
         ours, theirs = known.get(model, {}), known.get(other, {})

@@ -11,7 +11,15 @@ if TYPE_CHECKING:
 
 FILE_NAME = "report.html"
 _WIDE = 1000  # columns: wider than any table
-_FIRST = ("objects.f1", "chair.i", "captions.relations_true", "relation.accuracy", "reading.exact", "pope.f1")
+_FIRST = (
+    "objects.f1",
+    "chair.i",
+    "captions.relations_true",
+    "relation.accuracy",
+    "reading.exact",
+    "grounding.accuracy",
+    "pope.f1",
+)
 
 
 @click.command()
@@ -24,7 +32,9 @@ _FIRST = ("objects.f1", "chair.i", "captions.relations_true", "relation.accuracy
 @click.option(
     "--images", type=click.IntRange(0), default=60, show_default=True, help="Images in the gallery."
 )
-@click.option("--markdown", "as_markdown", is_flag=True, help="Print tables for a README.")
+@click.option(
+    "--markdown", "as_markdown", is_flag=True, help="Print tables for a README: every metric, and gains."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def report(
     run: str,
@@ -77,15 +87,18 @@ def _show(results: "Results", metrics: tuple[str, ...], every: bool) -> None:
 
 
 def _print_markdown(results: "Results", metrics: tuple[str, ...], every: bool) -> None:
-    """The test split, or dev where nothing else was measured."""
-    from vila2.augment.results import markdown
+    """The test split, or dev where nothing else was measured; specialists, which are means, on dev."""
+    from vila2.augment.results import markdown, specialists_markdown
 
     split = next(iter(results.metrics))
     seeds = f"{len(results.seeds)} seed{'s' if len(results.seeds) > 1 else ''}"
     click.echo(f"{split} split, {seeds}; 95 % intervals over scenes and seeds; shares in per cent.\n")
-    click.echo(
-        "\n".join(markdown(results, split, list(results.metrics[split]) if every else metrics or _FIRST))
-    )
+    main = list(results.metrics[split]) if every else metrics or _FIRST
+    click.echo("\n".join(markdown(results, split, metrics, main)))
+    specialists = specialists_markdown(results, "dev", main)
+    if specialists:
+        click.echo("\nThe specialists themselves, dev split:\n")
+        click.echo("\n".join(specialists))
 
 
 def _gains(pair: "Against", names: list[str], results: "Results") -> str:

@@ -1,10 +1,12 @@
 """The plan is a pure function of the recipe and of what has been decided."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.unit.augment.kits import SPECIALIST, STAGES, recipe
+from tests.unit.augment.kits import SPECIALIST, STAGES, context, recipe
+from vila2.augment.carry import recaption_settings
 from vila2.augment.encodes import encode_plan
 from vila2.augment.plan import ancestors, dependants, find_step, plan, rounds_of
 from vila2.augment.step import Step
@@ -233,3 +235,67 @@ def test_one_specialist_has_nobody_to_share_with() -> None:
     of = recipe(specialist=[SPECIALIST])
     assert encode_plan(of) == []
     assert by_name(plan(of))["seed-0/specialist-spatial/recaption"].why == "spatial of every image"
+
+
+def test_from_the_second_round_on_the_captions_of_the_round_before_are_drafts() -> None:
+    steps = by_name(plan(recipe()))
+    drafts = {k: steps[f"seed-0/round-{k}/recaption"].free.get("draft") for k in (1, 2, 3)}
+    assert drafts == {
+        1: None,
+        2: "{run}/seed-0/round-1/recaption",
+        3: "{run}/seed-0/round-2/recaption",
+    }
+    without = by_name(plan(recipe(rounds={"draft": False})))["seed-0/round-2/recaption"]
+    assert "draft" not in without.free
+    assert without.key(dict.fromkeys(without.needs, "d")) == steps["seed-0/round-2/recaption"].key(
+        dict.fromkeys(without.needs, "d")
+    )  # they make it faster and change nothing
+
+
+def test_only_pairs_are_recaptioned_and_interleaved_documents_left_alone() -> None:
+    """Beside the captions in the pretraining stage stand documents that every model reads as they are."""
+    documents = {"kind": "interleaved", "path": "mmc4", "max_images": 6, "weight": 2.0}
+    stage = STAGES[1] | {"data": [{"kind": "captions", "weight": 3.0}, documents]}
+    steps = by_name(plan(recipe(train={"base": "base", "stage": [STAGES[0], stage, STAGES[2]]}, oracle={})))
+    models = ("round-0", "round-1", "round-2", "oracle", "control-steps")
+    data = {name: steps[f"seed-0/{name}/train"].settings["stage"][1]["data"] for name in models}
+    for name, (captions, other) in data.items():
+        assert other == documents
+        assert captions["weight"] == 3.0
+        source = "round-0" if name == "control-steps" else name
+        assert captions["path"] == f"{{run}}/seed-0/{source}/captions"
+
+
+def test_a_fraction_of_the_set_is_recaptioned_and_merged_as_the_recipe_says(tmp_path: Path) -> None:
+    of = recipe(rounds={"fraction": 0.34, "merge": "replace"})
+    steps = by_name(plan(of))
+    assert steps["seed-0/round-1/captions"].settings["merge"] == "replace"
+    settings = recaption_settings(
+        steps["seed-0/round-1/recaption"], context(tmp_path, of, source={"samples": 10})
+    )
+    assert settings.limit == 4
+    assert settings.prompt == ("detailed",)
+    whole = by_name(plan(recipe()))["seed-0/round-1/recaption"]
+    assert recaption_settings(whole, context(tmp_path, source={"samples": 10})).limit is None
+
+
+def test_real_data_of_a_specialist_pass_the_filters_first() -> None:
+    stages = [
+        {"name": "short", "train": ["decoder"], "steps": 1, "lr": 1e-3,
+         "data": [{"kind": "llava", "path": "boxes:grit"}, {"kind": "llava", "path": "other.json"}]},
+        {"name": "long", "train": ["decoder"], "steps": 1, "lr": 1e-3,
+         "data": [{"kind": "llava", "path": "boxes:grit", "image_root": "elsewhere"}]},
+    ]  # fmt: skip
+    filters = [{"name": "grit", "path": "data/grit.jsonl"}]
+    of = recipe(specialist=[{"name": "grounding", "prompt": "grounding", "stage": stages, "filter": filters}])
+    steps = by_name(plan(of))
+    boxes = steps["seed-0/specialist-grounding/data-grit"]
+    assert boxes.settings == {"path": "data/grit.jsonl", "max_area": 0.7, "max_same": 3}
+    train = steps["seed-0/specialist-grounding/train"]
+    assert boxes.name in train.needs
+    found = [entry for stage in train.settings["stage"] for entry in stage["data"]]
+    assert [(entry["path"], entry.get("image_root")) for entry in found] == [
+        (f"{{run}}/{boxes.name}/boxes.jsonl", "data"),  # images stay beside the file that was filtered
+        ("other.json", None),
+        (f"{{run}}/{boxes.name}/boxes.jsonl", "elsewhere"),
+    ]

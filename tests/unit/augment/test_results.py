@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.unit.augment.kits import evaluation, recipe
-from vila2.augment.results import Figure, joined, markdown, read_results, table
+from vila2.augment.results import Figure, joined, markdown, read_results, specialists_markdown, table
 from vila2.errors import OutputError, UsageError
 
 HALF, MOST, ALL = [i % 2 == 0 for i in range(40)], [i % 4 != 0 for i in range(40)], [True] * 40
@@ -83,16 +83,34 @@ def test_the_table_shows_shares_in_per_cent(run: Path) -> None:
     assert rows[1][1].startswith("50.0 (")
 
 
-def test_a_readme_gets_models_by_metric_and_sure_gains_in_bold(run: Path) -> None:
-    lines = markdown(read_results(run), "test", ["relation.accuracy", "not measured"])
-    assert lines[:2] == ["|  | `relation.accuracy` |", "|---|---|"]
-    assert lines[2].startswith("| round-0 | 50.0 (")
-    gain = next(line for line in lines if line.startswith("| vila2 over best round |"))
-    assert "+12.5 (" in gain
+def test_a_readme_gets_every_metric_and_sure_gains_in_bold(run: Path) -> None:
+    results = read_results(run)
+    lines = markdown(results, "test", main=["relation.accuracy", "not measured"])
+    assert lines[:2] == ["|  | round-0 | round-1 | control-steps | vila2 |", "|---|---|---|---|---|"]
+    named = [line.split("|")[1].strip(" `") for line in lines[2 : lines.index("")]]
+    assert named == list(results.metrics["test"])
+    row = next(line for line in lines if line.startswith("| `relation.accuracy` |"))
+    assert row.split(" | ")[1].startswith("50.0 ± ")
+    assert row.split(" | ")[2].startswith("87.5 ± ")
+    gains = lines[lines.index("") + 1 :]
+    assert gains[0] == "| gain of | `relation.accuracy` |"
+    gain = next(line for line in gains if line.startswith("| vila2 over best round |"))
+    assert "+12.5 ± " in gain
     assert "**" not in gain  # the seeds do not agree
-    sure = next(line for line in lines if line.startswith("| control-steps over round-0 |"))
-    assert "| 0.0 (0.0 to 0.0) |" in sure
-    assert {line.count("|") for line in lines if line} == {3}
+    assert "| control-steps over round-0 | 0.0 ± 0.0 |" in gains
+    assert {line.count("|") for line in gains} == {3}
+
+
+def test_specialists_are_held_against_the_round_that_they_came_from(run: Path) -> None:
+    step = "seed-0/specialist-ocr/evaluate"
+    entry = line(run, step, "evaluate")
+    evaluation(ALL).save(run / step / "evaluation.json")
+    with (run / "ledger.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    results = read_results(run)
+    lines = specialists_markdown(results, "dev", ["relation.accuracy"])
+    assert lines[2].startswith("| specialist-ocr over best round | **+25.0 ± ")
+    assert specialists_markdown(results, "test", ["relation.accuracy"]) == []
 
 
 def test_steps_that_were_set_aside_do_not_count(run: Path) -> None:
