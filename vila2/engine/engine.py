@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vila2.engine.blocks import BlockPool
 from vila2.engine.cuda_graphs import DecodeBursts
+from vila2.engine.gpu_memory import CardPlan
 from vila2.engine.overlap import Ahead
 from vila2.engine.repetition import find_loop, new_runs, update_runs
 from vila2.engine.runner import ModelRunner
@@ -46,6 +47,7 @@ class EngineLimits:
     max_draft: int = (
         MAX_DRAFT  # drafted tokens that a sequence may verify in a step; 0, and with bursts, none
     )
+    card: CardPlan | None = None  # what the sizes rest on, where they were made for a card
 
 
 @dataclass(slots=True)
@@ -107,19 +109,7 @@ class Engine:
         if limits.burst > 1:
             # A step with drafts goes through the model without graphs, and what it costs there says nothing of bursts.
             self.limits = limits = replace(limits, max_draft=0)
-            room = self.max_total_tokens()
-            slots = Slots(self.runner, limits.max_num_seqs, room + limits.max_period, limits.max_period)
-            bursts = DecodeBursts(
-                self.runner,
-                slots,
-                limits.max_num_seqs,
-                room,
-                self.eos_ids,
-                limits.burst,
-                limits.group_prefixes,
-            )
-            bursts.warm_up()
-            self.ahead = Ahead(self.runner, bursts, slots, room)
+            self.ahead = make_ahead(self.runner, limits, self.max_total_tokens(), self.eos_ids)
 
     @property
     def num_unfinished(self) -> int:
@@ -424,6 +414,16 @@ class Engine:
         self.scheduler.finish(sequence)
         self._forget_image(sequence.request)
         return Finished(sequence.request.id, tuple(output), reason, sequence.num_prompt_tokens)
+
+
+def make_ahead(runner: ModelRunner, limits: EngineLimits, room: int, eos_ids: frozenset[int]) -> Ahead:
+    """What launches ahead of the host, its graphs captured; no sequence has more than `room` tokens."""
+    slots = Slots(runner, limits.max_num_seqs, room + limits.max_period, limits.max_period)
+    bursts = DecodeBursts(
+        runner, slots, limits.max_num_seqs, room, eos_ids, limits.burst, limits.group_prefixes
+    )
+    bursts.warm_up()
+    return Ahead(runner, bursts, slots, room)
 
 
 def _image_key(request: EngineRequest) -> Hashable:

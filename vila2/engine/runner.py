@@ -105,18 +105,25 @@ class ModelRunner:
         return tensor.to(self.device, non_blocking=True)
 
     @torch.inference_mode()
-    def probe(self, rows: int, block: int, context: int) -> None:
-        """Compute a decode step of `rows` sequences of `context` tokens and wait for it; overwrites `block` alone."""
-        hidden = self.model.decoder.embed(torch.zeros(rows, dtype=torch.int64, device=self.device))
-        lines = np.arange(rows, dtype=np.int64)
+    def probe(self, rows: int, block: int, context: int, length: int = 1) -> None:
+        """Compute the last `length` of the `context` tokens of each of `rows` sequences, and wait for the next ones.
+
+        Overwrites `block` alone: all sequences lie there, one over the other.
+        """
+        hidden = self.model.decoder.embed(torch.zeros(rows * length, dtype=torch.int64, device=self.device))
+        lines = np.arange(rows * length, dtype=np.int64)
+        starts = np.arange(rows + 1, dtype=np.int32) * length
         attend = self._paged(
-            positions=np.full(rows, context - 1, dtype=np.int64),
+            positions=context - length + lines % length,
             slots=block * self.block_size + lines % self.block_size,
             tables=np.full((rows, -(-context // self.block_size)), block, dtype=np.int32),
-            starts=np.arange(rows + 1, dtype=np.int32),
+            starts=starts,
             contexts=np.full(rows, context, dtype=np.int32),
         )
-        best_tokens(self.model.decoder, self.model.decoder(hidden, attend))
+        hidden = self.model.decoder(hidden, attend)
+        if length > 1:
+            hidden = hidden[self.upload(starts[1:].astype(np.int64) - 1)]
+        best_tokens(self.model.decoder, hidden)
 
     def clear_memory(self) -> None:
         """Give back what torch keeps for later."""
