@@ -118,6 +118,7 @@ class _Probe:
         self._boxes = boxes  # what a filter will write -> what it will read: the probe takes that
         self._stack = ExitStack()
         self._measured: dict[str, tuple[float, float]] = {}  # what -> seconds and bytes a unit
+        self._trained: dict[str, tuple[dict[str, float], int]] = {}  # what -> seconds a step by stage, bytes
         self._source: tuple[str, int, float, float] | None = None
         self._checkpoint: str | None = None
 
@@ -148,10 +149,15 @@ class _Probe:
         if "command" in step.settings:
             return 0.0, 0, ""  # what a command of the user's takes is not ours to measure
         what = self._family(step)
+        if step.kind == "train":
+            if what not in self._trained:
+                self._trained[what] = self._probe_train(step)
+            step_s, size = self._trained[what]
+            return sum(step_s[name] * count for name, count in self._steps_of(step).items()), size, "probe"
         if what not in self._measured:
             self._measured[what] = getattr(self, f"_probe_{step.kind}")(step)
-        seconds, size = self._measured[what]
-        return seconds * units, int(size * units), "probe"
+        seconds, bytes_each = self._measured[what]
+        return seconds * units, int(bytes_each * units), "probe"
 
     @property
     def total(self) -> int:
@@ -217,6 +223,7 @@ class _Probe:
 
                 plan = shard_plan(source.world.model_dump(mode="json"))
                 count = min(PROBE_IMAGES, plan.scenes)
+                shard_bytes(replace(plan, scenes=1), range(1))  # the first reads what all of them use
                 started = time.monotonic()
                 data = shard_bytes(replace(plan, scenes=count), range(count))
                 seconds = time.monotonic() - started
@@ -279,15 +286,12 @@ class _Probe:
     def _probe_paths(self) -> tuple[str, ...]:
         return str(self.folder / "long"), str(self.folder / "short")
 
-    def _probe_train(self, step: Step) -> tuple[float, float]:
+    def _probe_train(self, step: Step) -> tuple[dict[str, float], int]:
         from vila2.train.estimate import estimate as estimate_training
         from vila2.train.recipe import Recipe
 
         found = estimate_training(make_settings(Recipe, self._training(step), step.name))
-        steps = self._steps_of(step)
-        units = sum(steps.values())
-        seconds = sum(stage.step_s * steps[stage.name] for stage in found.stages)
-        return seconds / units, found.disk_bytes / units
+        return {stage.name: stage.step_s for stage in found.stages}, found.disk_bytes
 
     def _probe_recaption(self, step: Step) -> tuple[float, float]:
         from vila2.recaption.estimate import estimate as estimate_captions
