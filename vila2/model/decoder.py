@@ -91,17 +91,28 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The block's output and the residual to add it to, of all rows or of `rows`; consumes `residual`."""
         config = self.config
-        normed, residual = self.attn_norm(hidden, residual)
-        q, k, v = self.qkv(normed).split((config.q_size, config.kv_size, config.kv_size), dim=-1)
+        qkv, residual = self.norm_qkv(hidden, residual)
+        q, k, v = torch.split(qkv, [config.q_size, config.kv_size, config.kv_size], dim=-1)
         mixed = attend(
             index,
-            q.unflatten(-1, (config.num_heads, config.head_dim)),
-            k.unflatten(-1, (config.num_kv_heads, config.head_dim)),
-            v.unflatten(-1, (config.num_kv_heads, config.head_dim)),
+            q.view(-1, config.num_heads, config.head_dim),
+            k.view(-1, config.num_kv_heads, config.head_dim),
+            v.view(-1, config.num_kv_heads, config.head_dim),
         )
         if rows is not None:
             mixed, residual = mixed.index_select(0, rows), residual.index_select(0, rows)
-        normed, residual = self.mlp_norm(self.o(mixed), residual)
+        return self.norm_mlp(self.o(mixed), residual)
+
+    # Where products take the norm before them or the activation after them along, a subclass has these otherwise.
+
+    def norm_qkv(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """`qkv` of the normed sum, and the sum; consumes `residual`."""
+        normed, residual = self.attn_norm(hidden, residual)
+        return self.qkv(normed), residual
+
+    def norm_mlp(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The MLP of the normed sum, and the sum; consumes `residual`."""
+        normed, residual = self.mlp_norm(hidden, residual)
         return self.down(silu_mul(self.gate_up(normed))), residual
 
 

@@ -2,11 +2,12 @@
 the activations after them along.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from vila2.model.decoder import Attend, DecoderLayer
+from vila2.model.decoder import DecoderLayer
 from vila2.model.vision import VisionLayer
 from vila2.model.vlm import VisionLanguageModel
 from vila2.ops.linear import Linear, pack
@@ -21,60 +22,40 @@ from vila2.ops.quant import (
     pack_bytes,
 )
 
+Block = TypeVar("Block", bound=nn.Module)
 
-class ByteDecoderLayer(nn.Module):
+
+class ByteDecoderLayer(DecoderLayer):
     """A `DecoderLayer` whose products are packed in bytes, `gate_up` gated."""
 
-    def __init__(self, layer: DecoderLayer) -> None:
-        super().__init__()
-        self.attn_norm, self.qkv, self.o = layer.attn_norm, layer.qkv, layer.o
-        self.mlp_norm, self.gate_up, self.down = layer.mlp_norm, layer.gate_up, layer.down
-        self.config = layer.config
+    def norm_qkv(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DecoderLayer.norm_qkv`."""
+        norm = self.attn_norm
+        return add_rms_norm_byte_linear(hidden, residual, norm.weight, norm.eps, _bytes(self.qkv))
 
-    def forward(
-        self, hidden: Tensor, residual: Tensor, attend: Attend, index: int, rows: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """See `DecoderLayer.forward`."""
-        config, norm = self.config, self.attn_norm
-        qkv, residual = add_rms_norm_byte_linear(hidden, residual, norm.weight, norm.eps, _bytes(self.qkv))
-        q, k, v = torch.split(qkv, [config.q_size, config.kv_size, config.kv_size], dim=-1)
-        mixed = attend(
-            index,
-            q.view(-1, config.num_heads, config.head_dim),
-            k.view(-1, config.num_kv_heads, config.head_dim),
-            v.view(-1, config.num_kv_heads, config.head_dim),
-        )
-        if rows is not None:
-            mixed, residual = mixed.index_select(0, rows), residual.index_select(0, rows)
+    def norm_mlp(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DecoderLayer.norm_mlp`."""
         norm = self.mlp_norm
         gated, residual = add_rms_norm_byte_linear(
-            self.o(mixed), residual, norm.weight, norm.eps, _bytes(self.gate_up), "silu_mul"
+            hidden, residual, norm.weight, norm.eps, _bytes(self.gate_up), "silu_mul"
         )
         return self.down(gated), residual
 
 
-class ByteVisionLayer(nn.Module):
+class ByteVisionLayer(VisionLayer):
     """A `VisionLayer` whose products are packed in bytes; its activation is one that they can end in."""
 
-    def __init__(self, layer: VisionLayer) -> None:
-        super().__init__()
-        self.num_heads, self.activation = layer.num_heads, layer.activation
-        self.norm1, self.qkv, self.out = layer.norm1, layer.qkv, layer.out
-        self.norm2, self.fc1, self.fc2 = layer.norm2, layer.fc1, layer.fc2
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See `VisionLayer.forward`."""
-        tiles, tokens, width = x.shape
+    def norm_qkv(self, x: Tensor) -> Tensor:
+        """See `VisionLayer.norm_qkv`."""
         norm = self.norm1
-        qkv = layer_norm_byte_linear(x, norm.weight, norm.bias, norm.eps, _bytes(self.qkv))
-        q, k, v = (
-            qkv.view(tiles, tokens, 3, self.num_heads, width // self.num_heads)
-            .permute(2, 0, 3, 1, 4)
-            .unbind(0)
-        )
-        attended = functional.scaled_dot_product_attention(q, k, v)
-        mixed = attended.transpose(1, 2).reshape(tiles, tokens, width)
-        x = byte_linear(mixed, _bytes(self.out), "add", x)
+        return layer_norm_byte_linear(x, norm.weight, norm.bias, norm.eps, _bytes(self.qkv))
+
+    def add_out(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """See `VisionLayer.add_out`."""
+        return byte_linear(mixed, _bytes(self.out), "add", x)
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        """See `VisionLayer.add_mlp`."""
         norm = self.norm2
         inner = layer_norm_byte_linear(x, norm.weight, norm.bias, norm.eps, _bytes(self.fc1), self.activation)
         return byte_linear(inner, _bytes(self.fc2), "add", x)
@@ -110,12 +91,19 @@ def ready(model: VisionLanguageModel) -> VisionLanguageModel:
     return model
 
 
+def recast(layer: nn.Module, kind: type[Block]) -> Block:
+    """The modules and settings of `layer` in a block of another kind, which is a subclass of its own."""
+    block = kind.__new__(kind)
+    block.__dict__.update(layer.__dict__)
+    return block
+
+
 def fuse(layer: nn.Module) -> nn.Module:
     """The block that takes norms and activations along, where all products of `layer` are packed for it."""
     products = [child for child in layer.children() if isinstance(child, Linear)]
     if all(isinstance(product.packed, PackedBytes) for product in products):
         if isinstance(layer, DecoderLayer) and _bytes(layer.gate_up).is_gated:
-            return ByteDecoderLayer(layer)
+            return recast(layer, ByteDecoderLayer)
         if isinstance(layer, VisionLayer) and layer.activation != "gelu":
-            return ByteVisionLayer(layer)
+            return recast(layer, ByteVisionLayer)
     return layer

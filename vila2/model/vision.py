@@ -124,10 +124,24 @@ class VisionLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(tiles, tokens, width) to the same."""
         tiles, tokens, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(tiles, tokens, 3, self.num_heads, width // self.num_heads)
+        qkv = self.norm_qkv(x).view(tiles, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (tiles, heads, tokens, dim)
         attended = functional.scaled_dot_product_attention(q, k, v)
-        x = x + self.out(attended.transpose(1, 2).reshape(tiles, tokens, width))
+        x = self.add_out(attended.transpose(1, 2).reshape(tiles, tokens, width), x)
+        return self.add_mlp(x)
+
+    # Where products take along what is beside them, a subclass has these otherwise.
+
+    def norm_qkv(self, x: Tensor) -> Tensor:
+        """`qkv` of the normed input."""
+        return self.qkv(self.norm1(x))
+
+    def add_out(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """`x` plus the product after attention."""
+        return x + self.out(mixed)
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        """`x` plus the MLP of it, normed."""
         return x + self.fc2(gelu(self.fc1(self.norm2(x)), self.activation))
 
 
