@@ -250,6 +250,7 @@ def _comparisons(by_model: Mapping[str, Mapping[int, Evaluation]], best: Mapping
     pairs += [
         (model, "best round") for model in _ordered(by_model) if model.startswith(("vila2", "specialist-"))
     ]
+    pairs += [("vila2", control) for control in _controls(by_model)]
     found = []
     for model, other in pairs:
         ours, theirs = known.get(model, {}), known.get(other, {})

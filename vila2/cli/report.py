@@ -92,7 +92,10 @@ def _print_markdown(results: "Results", metrics: tuple[str, ...], every: bool) -
 
     split = next(iter(results.metrics))
     seeds = f"{len(results.seeds)} seed{'s' if len(results.seeds) > 1 else ''}"
-    click.echo(f"{split} split, {seeds}; 95 % intervals over scenes and seeds; shares in per cent.\n")
+    click.echo(
+        f"{split} split, {seeds}; 95 % intervals over scenes and seeds; shares in per cent. "
+        "Gains are counted so that more is better, and bold where their interval leaves 0 out.\n"
+    )
     main = list(results.metrics[split]) if every else metrics or _FIRST
     click.echo("\n".join(markdown(results, split, metrics, main)))
     specialists = specialists_markdown(results, "dev", main)

@@ -69,6 +69,7 @@ def test_models_are_in_order_and_compared_with_their_like(run: Path) -> None:
     pairs = {(pair.model, pair.other): pair.gains for pair in results.against["test"]}
     assert set(pairs) == {
         ("round-1", "round-0"), ("control-steps", "round-0"), ("best round", "control-steps"), ("vila2", "best round"),
+        ("vila2", "control-steps"),
     }  # fmt: skip
     assert pairs["best round", "control-steps"]["relation.accuracy"].seeds == [0.25, 0.5]
     assert results.captions["round-1"] == {"captions": 3.0, "words": 7.5}
