@@ -7,6 +7,7 @@ import csv
 import datetime as dt
 import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -84,9 +85,11 @@ def installed(package: str) -> str:
 
 
 def commit() -> str:
-    """The commit, with a `+` if files that git tracks have been changed since (results apart)."""
+    """The commit, with a `+` if files that git tracks have been changed since (results apart); "" without git."""
 
     def git(*arguments: str) -> str:
+        if shutil.which("git") is None:
+            return ""
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 

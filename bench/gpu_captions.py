@@ -8,8 +8,10 @@ The rival gets the same tower and projector in plain torch and its own best batc
 import gc
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -51,7 +53,14 @@ def measure(report: Report, *, dry: bool, deadline: float) -> Iterator[Result]:
             return
         model = build(size, report.device, dry=dry)
         visual, new = model.config.tokens_per_tile, 4 if dry else NEW_TOKENS
-        rate = ours(model, size, new)
+        with no_card() if dry else nullcontext():
+            planned = planned_bytes(model, size, new)
+            rate = ours(model, size, new)
+            peak = torch.cuda.max_memory_reserved()
+        yield Result(
+            f"memory {size.name}", "weights, cache, graphs and steps", peak / 2**30, "GiB",
+            planned / max(peak, 1), "the peak was planned", 1.0,
+        )  # fmt: skip
         floor = roofline_seconds(report, model, size, visual + TEXT_TOKENS, new)
         gc.collect()
         yield Result(
@@ -182,20 +191,55 @@ def _mixed_tokens(model: Any, limits: Any) -> dict[int, tuple[int, ...]]:
     return {end.id: end.token_ids for end in done}
 
 
-def ours(model: Any, size: Size, new_tokens: int, *, overlap: bool = True) -> float:
-    """Captions a second of the engine over `size.captions` images, after a warm-up of one batch."""
-    from vila2.engine.engine import Engine, EngineLimits
+def limits_of(model: Any, size: Size, new_tokens: int) -> Any:
+    """The engine's sizes for these captions."""
+    from vila2.engine.engine import EngineLimits
 
     on_gpu = model.decoder.cos.is_cuda
     usual = model.config.tokens_per_tile + TEXT_TOKENS + new_tokens + 16
-    limits = EngineLimits(
+    return EngineLimits(
         max_num_seqs=size.batch,
         max_batch_tokens=8192 if on_gpu else 512,
-        vision_batch=64,
+        vision_batch=64 if on_gpu else 4,
         num_kv_tokens=(size.batch + 8) * usual,
         burst=8 if on_gpu else 2,
-        overlap=overlap,
     )
+
+
+def planned_bytes(model: Any, size: Size, new_tokens: int) -> int:
+    """What weights, cache, graphs and steps would take by what is measured as at the start of a run."""
+    from vila2.engine.measure import measure_needs
+
+    limits, config = limits_of(model, size, new_tokens), model.config.decoder
+    room = min(config.max_positions, limits.num_kv_tokens)
+    needs = measure_needs(model, limits, torch.bfloat16, frozenset(), room)
+    cache = limits.num_kv_tokens * 4 * config.num_layers * config.kv_size
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    return int(before + cache + needs.total)
+
+
+@contextmanager
+def no_card() -> Iterator[None]:
+    """What torch says of a card's memory, where there is none: nothing."""
+    with patch.multiple(
+        torch.cuda,
+        mem_get_info=lambda: (0, 0),
+        memory_reserved=lambda: 0,
+        max_memory_reserved=lambda: 0,
+        reset_peak_memory_stats=lambda: None,
+        empty_cache=lambda: None,
+        synchronize=lambda: None,
+    ):
+        yield
+
+
+def ours(model: Any, size: Size, new_tokens: int, *, overlap: bool = True) -> float:
+    """Captions a second of the engine over `size.captions` images, after a warm-up of one batch."""
+    from vila2.engine.engine import Engine
+
+    on_gpu = model.decoder.cos.is_cuda
+    limits = replace(limits_of(model, size, new_tokens), overlap=overlap)
     engine = Engine(model, limits, frozenset(), lambda tokens: "", torch.bfloat16)
     _caption(engine, model, min(size.captions, size.batch), new_tokens, first=10**6)
     _wait(on_gpu)
@@ -283,8 +327,6 @@ class PlainTower(nn.Module):
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Tiles (N, size, size, 3) uint8 to visual tokens."""
-        from unittest.mock import patch
-
         # Every op asks this one function; without Triton each takes its reference.
         with patch("vila2.ops.triton.has_triton", lambda: False):
             return self.projector(self.vision(tiles))

@@ -54,6 +54,7 @@ class Shapes:
     context: int = 300
     long_context: int = 4096
     prompts: int = 32
+    head_rows: int = 1046  # of a chunk of linear + cross-entropy
 
     def randn(self, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=dtype)
@@ -63,7 +64,7 @@ def shapes_for(report: Report) -> Shapes:
     """The real sizes, or tiny ones for a dry run."""
     if not report.is_dry:
         return Shapes(report.device)
-    return Shapes(report.device, 3, 64, 48, 4, 2, 16, 100, 1, 28, 4, 16, 32, 2, 40, 70, 2)  # fmt: skip
+    return Shapes(report.device, 3, 64, 48, 4, 2, 16, 100, 1, 28, 4, 16, 32, 2, 40, 70, 2, 5)  # fmt: skip
 
 
 def measure(report: Report, *, dry: bool, deadline: float) -> Iterator[Result]:
@@ -350,6 +351,34 @@ def sampling_cases(s: Shapes) -> Iterator[Case]:
         )
 
 
+def repetition_cases(s: Shapes) -> Iterator[Case]:
+    from vila2.kernels.repetition import append_tokens_triton
+    from vila2.ops.sampling import append_reference
+
+    rows, periods, written = s.sequences, 64, 96
+    tokens = torch.randint(0, 4, (rows,), device=s.device)
+    slots = torch.randperm(rows, device=s.device)
+    rules = torch.tensor([8, 24, periods], dtype=torch.int32, device=s.device).repeat(rows, 1)
+    history = torch.randint(0, 4, (rows, written + 1), dtype=torch.int32, device=s.device)
+    runs = torch.zeros(rows, periods, dtype=torch.int32, device=s.device)
+    lengths = torch.full((rows,), written, dtype=torch.int32, device=s.device)
+    tables = [[part.clone() for part in (history, lengths, runs)] for _ in range(2)]
+
+    def appended(append: Callable[..., Tensor], place: int) -> tuple[Tensor, ...]:
+        history, lengths, runs = tables[place]
+        lengths.fill_(written)  # there is room for one token more, however often this is timed
+        runs.zero_()
+        return append(tokens, slots, history, lengths, runs, rules), history, runs
+
+    yield Case(
+        "repetition",
+        f"{rows} sequences, {periods} periods",
+        lambda: appended(append_tokens_triton, 0),
+        lambda: appended(append_reference, 1),
+        tolerance=0.0,
+    )
+
+
 MAKERS = (
     norm_cases,
     activation_cases,
@@ -358,4 +387,5 @@ MAKERS = (
     rope_cases,
     attention_cases,
     sampling_cases,
+    repetition_cases,
 )

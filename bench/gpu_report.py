@@ -1,10 +1,12 @@
 """What the parts of gpu_check share: timing on the device, its ceilings, results and the table of them."""
 
 import datetime as dt
+import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,14 +52,16 @@ def device_facts(*, dry: bool) -> dict[str, Any]:
     driver = ""
     if not dry:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = (
-            subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().split("\n")[0]
-        )
+        with suppress(FileNotFoundError):
+            done = subprocess.run(query, capture_output=True, text=True, check=False)
+            driver = done.stdout.strip().split("\n")[0]
     return {
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
         "commit": commit(),
         "device": "none (dry)" if dry else torch.cuda.get_device_name(),
         "driver": driver,
+        "cuda": torch.version.cuda or "",
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": installed("triton"),
         "transformers": installed("transformers"),
@@ -131,6 +135,8 @@ class Report:
         bars = [result for _, result in self.results if result.bar is not None]
         met = sum(result.verdict == "met" for result in bars)
         counts = f"{len(wrong)} wrong, {len(self.failures)} broken, {met} of {len(bars)} bars met"
+        if self.skipped:
+            counts += f", {len(self.skipped)} skipped"
         print(f"{len(self.results)} results, {counts}")
         return 1 if wrong or self.failures else 0
 

@@ -1,4 +1,5 @@
-"""Training on a GPU: linear + cross-entropy against eager torch, in memory and time, and a whole step of a decoder.
+"""Training on a GPU: kernels with a backward pass, linear + cross-entropy against eager torch, in memory and time, and
+a whole step of a decoder.
 
 "Eager" is the same maths by the references: every op with its Triton path switched off.
 """
@@ -11,8 +12,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from gpu_kernels import Case, Shapes, results_of, shapes_for
 from gpu_report import Report, Result, relative_error
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,93 @@ class Sizes:
 
 
 def measure(report: Report, *, dry: bool, deadline: float) -> Iterator[Result]:
-    """Results of the head, then of the step."""
+    """Results of the kernels, of the head, then of the step."""
     sizes = Sizes(12, 16, 50, 2, 32, 32, 2, 2, 6) if dry else Sizes()
+    for case in kernel_cases(shapes_for(report)):
+        if time.monotonic() > deadline:
+            report.skip(case.name, "no time was left")
+            return
+        yield from results_of(report, case)
     yield from _head(report, sizes)
     if time.monotonic() > deadline:
         report.skip("training step", "no time was left")
         return
     yield from _step(report, sizes)
+
+
+def kernel_cases(s: Shapes) -> Iterator[Case]:
+    """What only training runs: each kernel's backward pass, and the error between the head's two products."""
+    from vila2.kernels.rms_norm import add_rms_norm_autograd
+    from vila2.kernels.rope import apply_rope_triton
+    from vila2.kernels.silu_mul import silu_mul_autograd
+    from vila2.kernels.softmax_error import softmax_error_triton
+    from vila2.ops.activations import silu_mul_reference
+    from vila2.ops.norms import add_rms_norm_reference
+    from vila2.ops.rope import apply_rope_reference, rope_tables
+
+    def backward(op: Callable[..., Any], given: tuple[Tensor, ...], *more: Any) -> Callable[[], Any]:
+        """The gradients by `given`; the forward pass is done once, here."""
+        leaves = [part.detach().requires_grad_() for part in given]
+        # Some ops write into what they are given: never into a leaf.
+        out = op(*(part.clone() for part in leaves), *more)
+        outs = out if isinstance(out, tuple) else (out,)
+        torch.manual_seed(0)
+        grads = [torch.randn_like(part) for part in outs]
+        return lambda: torch.autograd.grad(outs, leaves, grads, retain_graph=True)
+
+    norm = s.randn(s.rows, s.hidden), s.randn(s.rows, s.hidden), s.randn(s.hidden)
+    yield Case(
+        "rms_norm backward",
+        f"{s.rows} x {s.hidden}",
+        backward(add_rms_norm_autograd, norm, 1e-6),
+        backward(add_rms_norm_reference, norm, 1e-6),
+        moved=4.0 * norm[0].nbytes,
+        bar=0.85,
+        tolerance=2e-2,
+    )
+    gate_up = s.randn(s.rows, 2 * s.inner)
+    yield Case(
+        "silu_mul backward",
+        f"{s.rows} x {s.inner}",
+        backward(silu_mul_autograd, (gate_up,)),
+        backward(silu_mul_reference, (gate_up,)),
+        moved=2.5 * gate_up.nbytes,
+        bar=0.85,
+        tolerance=2e-2,
+    )
+    cos, sin = (table.to(s.device) for table in rope_tables(s.dim, 500000.0, 4096))
+    positions = torch.randint(0, 4096, (s.rows,), device=s.device)
+    heads = s.randn(s.rows, s.heads, s.dim)
+    for name, ours, reference in (
+        (
+            "rope",
+            lambda: apply_rope_triton(heads, positions, cos, sin),
+            lambda: apply_rope_reference(heads, positions, cos, sin),
+        ),
+        (
+            "rope backward",
+            backward(apply_rope_triton, (heads,), positions, cos, sin),
+            backward(apply_rope_reference, (heads,), positions, cos, sin),
+        ),
+    ):
+        yield Case(
+            name, f"{s.rows} x {s.heads} x {s.dim}", ours, reference, moved=2.0 * heads.nbytes, bar=0.85
+        )
+    logits, labels = s.randn(s.head_rows, s.vocab), torch.randint(0, s.vocab, (s.head_rows,), device=s.device)
+    wide = logits.float()
+    expected = (
+        functional.cross_entropy(wide, labels, reduction="none"),
+        wide.softmax(-1) - functional.one_hot(labels, s.vocab),
+    )
+    # The logits are written: the first call is checked, those that are timed go on with what it left.
+    yield Case(
+        "softmax_error",
+        f"{s.head_rows} x {s.vocab}",
+        lambda: (softmax_error_triton(logits, labels), logits),
+        lambda: expected,
+        moved=3.0 * logits.nbytes,
+        bar=0.85,
+    )
 
 
 def _head(report: Report, sizes: Sizes) -> Iterator[Result]:

@@ -1,7 +1,11 @@
 """The suite for a GPU runs without one: the same code on tiny shapes, every result right, no row written."""
 
+import json
+import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,34 +14,137 @@ pytestmark = pytest.mark.triton
 
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "bench" / "results" / "gpu.csv"
+SCRIPT = ROOT / "bench" / "gpu_check.py"
+sys.path.insert(0, str(ROOT / "bench"))
+import gpu_check  # noqa: E402 - beside the script
+
+# What the GPU image has beside Python's own; pillow comes with torchvision. No vila2 is installed there.
+IMAGE = ("torch", "triton", "transformers", "numpy", "pillow", "pybind11", "scikit-build-core")
+
+# What our own modules may take of it; pydantic and click come with transformers today, and need not tomorrow.
+OURS_MAY = ("torch", "torchvision", "triton", "transformers", "safetensors", "numpy", "PIL", "vila2")
+
+# Runs the script where nothing else can be imported, and where neither git nor nvidia-smi are.
+BARE = """
+import builtins, importlib.util, json, os, runpy, sys
+lacking, allowed, root, script = *map(json.loads, sys.argv[1:4]), sys.argv[4]
+ours = {name[:-3] for name in os.listdir(os.path.dirname(script)) if name.endswith('.py')}
+class Lacking:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in lacking or name == 'vila2._C':
+            raise ModuleNotFoundError(f'the GPU image has no {name}', name=name)
+sys.meta_path = [Lacking(), *(f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__)]
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name.partition('.')[0] in lacking else found(name, *more)
+real = builtins.__import__
+def checked(name, globals=None, locals=None, fromlist=(), level=0):
+    file, top = (globals or {}).get('__file__') or '', name.partition('.')[0]
+    if level == 0 and any(file.startswith(folder) for folder in root):
+        if top not in allowed and top not in ours and top not in sys.stdlib_module_names:
+            raise ModuleNotFoundError(f'{file} wants {name}', name=name)
+    return real(name, globals, locals, fromlist, level)
+builtins.__import__ = checked
+os.environ['PATH'] = '/nowhere'
+sys.argv = [script, *sys.argv[5:]]
+runpy.run_path(script, run_name='__main__')
+"""
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "bench" / "gpu_check.py"), *arguments]
+    command = [sys.executable, str(SCRIPT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def lacking() -> list[str]:
+    """Everything installed here that is no part of the GPU image, nor needed by a part of it."""
+    there, new = set(), list(IMAGE)
+    while new:
+        name = _plain(new.pop())
+        if name in there:
+            continue
+        there.add(name)
+        try:
+            needs = requires(name) or []
+        except PackageNotFoundError:
+            continue
+        new += [re.split(r"[ ;<>=!~\[(]", need, maxsplit=1)[0] for need in needs if "extra ==" not in need]
+    packages = packages_distributions()
+    return [top for top, owners in packages.items() if not {_plain(owner) for owner in owners} & there]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 @pytest.mark.slow
-def test_a_dry_run_is_right_everywhere():
+def test_a_dry_run_is_right_everywhere_with_what_the_gpu_image_has():
+    absent = lacking()
+    assert {"pyarrow", "simplejpeg", "pytest", "rich_click", "sentencepiece"} <= set(absent)
+    assert not {"torch", "triton", "transformers", "numpy", "safetensors", "PIL"} & set(absent)
     before = ROWS.read_bytes() if ROWS.exists() else None
-    done = check("--dry")
+    folders = [str(ROOT / name) + "/" for name in ("vila2", "kernels", "bench")]
+    told = [json.dumps(value) for value in (sorted({*absent} - {"vila2"}), OURS_MAY, folders)]
+    command = [sys.executable, "-c", BARE, *told, str(SCRIPT), "--dry", "--commit", "abc1234"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     last = done.stdout.strip().splitlines()[-1]
-    assert last.endswith("results, 0 wrong, 0 broken, 0 of 0 bars met")
+    assert re.search(r"results, 0 wrong, 0 broken, 0 of 0 bars met(, 1 skipped)?$", last)
+    assert "commit abc1234" in done.stdout  # git is not there to say it
     for name in (
         "prefill attention",
+        "repetition",
         "captions tiny",
+        "memory tiny",
         "transformers tiny",
         "fp8 product",
         "captions tiny int4",
+        "silu_mul backward",
+        "softmax_error",
         "training step",
     ):
         assert name in done.stdout
     assert (ROWS.read_bytes() if ROWS.exists() else None) == before
 
 
-@pytest.mark.gpu
 def test_an_unknown_section_is_refused():
-    done = check("--only", "colours")
+    done = check("--dry", "--only", "colours")
     assert done.returncode == 2
     assert "known are kernels" in done.stderr
+
+
+def test_each_section_has_its_share_and_the_last_ends_before_the_time_does():
+    ends = gpu_check.deadlines(list(gpu_check.SECTIONS), 480)
+    assert ends == sorted(ends)
+    assert ends[-1] == pytest.approx(0.9 * 480)
+    assert all(later - sooner > 15 for sooner, later in pairwise([0.0, *ends]))
+    assert gpu_check.deadlines(["decode"], 100) == [pytest.approx(90)]
+
+
+def test_what_there_is_no_time_for_is_skipped_and_said():
+    done = check("--dry", "--minutes", "0")
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = done.stdout.strip().splitlines()
+    for name in gpu_check.SECTIONS:
+        assert sum(line.startswith(name) and "skipped: no time was left" in line for line in said) == 1
+    assert said[-1] == "0 results, 0 wrong, 0 broken, 0 of 0 bars met, 5 skipped"
+
+
+@pytest.mark.parametrize("file", sorted(path.stem for path in (ROOT / "kernels").glob("*.py")))
+def test_every_kernel_has_its_formula_a_test_a_benchmark_and_a_line_of_the_notes(file):
+    source = (ROOT / "kernels" / f"{file}.py").read_text()
+    if "@triton.jit" not in source:
+        assert file in ("device", "interpreter")
+        return
+    docstring = source.split('"""')[1]
+    assert re.search(r"^    .* [=<]-? |^    rms_norm\(|^    gelu ", docstring, re.MULTILINE), "no formula"
+    assert "vila2/ops/" in docstring, "no reference"
+
+    def using(pattern: str) -> list[Path]:
+        named = re.compile(rf"vila2\.kernels\.{file} import|vila2\.kernels import {file}\b")
+        return [path for path in ROOT.glob(pattern) if named.search(path.read_text())]
+
+    assert using("bench/gpu_*.py"), "no benchmark"
+    assert using("tests/kernels/test_*.py"), "no test"
+    assert using("tests/kernels/aot*.py"), "not compiled ahead of time"
+    notes = (ROOT / "docs" / "kernels.md").read_text()
+    assert re.search(rf"^\| [^|]*`{file}`", notes, re.MULTILINE), "no row in docs/kernels.md"
