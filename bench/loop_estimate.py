@@ -16,7 +16,7 @@ from common import ROOT, append_row, facts
 
 from vila2.augment.ledger import read_ledger
 from vila2.augment.loop import Loop
-from vila2.augment.probe import estimate
+from vila2.augment.probe import estimate, folder_bytes
 from vila2.augment.recipe import read_loop_recipe
 
 KINDS = ("source", "base", "train", "recaption", "evaluate")
@@ -41,7 +41,7 @@ def main() -> None:
                 of_kind[step.kind][0] += step.seconds
                 of_kind[step.kind][1] += lines[step.step]["seconds"]
                 disk[0] += step.disk_bytes
-        disk[1] = sum(f.stat().st_size for f in run.rglob("*") if f.is_file() and not f.is_symlink())
+        disk[1] = folder_bytes(run)
     of_kind["all"] = [sum(values[i] for values in of_kind.values()) for i in (0, 1)]
     rows: dict[str, list[Any]] = {name: of_kind[name] for name in (*KINDS, "all") if name in of_kind}
     rows["disk, MB"] = [size / 1e6 for size in disk]

@@ -56,7 +56,8 @@ class StepEstimate:
 
 @dataclass(frozen=True, slots=True)
 class LoopEstimate:
-    """What is complete, and what is left with its time, disk and money."""
+    """What is complete, and what is left with its time, disk and money. `disk_bytes`: what the steps leave, and the
+    states of the largest training beside it while it runs."""
 
     out: str
     complete: list[str]
@@ -95,13 +96,14 @@ def estimate(recipe: LoopRecipe) -> LoopEstimate:
             found.append(
                 StepEstimate(step.name, step.kind, step.why, begun, seconds, disk, hours * price, basis)
             )
+        passing = probe.passing_bytes
         device = "cuda" if any(device_of(probe.context, step) == "cuda" for step in left) else "cpu"
     return LoopEstimate(
         recipe.out,
         [step.name for step in steps if state.is_complete(step)],
         found,
         sum(e.seconds for e in found),
-        sum(e.disk_bytes for e in found),
+        sum(e.disk_bytes for e in found) + passing,
         sum(e.cost for e in found),
         recipe.cost.currency,
         device,
@@ -117,8 +119,11 @@ class _Probe:
         self.recipe, self.run, self.state = recipe, run, state
         self._boxes = boxes  # what a filter will write -> what it will read: the probe takes that
         self._stack = ExitStack()
-        self._measured: dict[str, tuple[float, float]] = {}  # what -> seconds and bytes a unit
-        self._trained: dict[str, tuple[dict[str, float], int]] = {}  # what -> seconds a step by stage, bytes
+        # what -> seconds before the first unit (a model is loaded), seconds a unit, bytes a unit
+        self._measured: dict[str, tuple[float, float, float]] = {}
+        # what -> seconds beside the steps, seconds a step by stage, bytes
+        self._trained: dict[str, tuple[float, dict[str, float], int]] = {}
+        self.passing_bytes = 0  # of the states of a training under way, which go when it ends
         self._source: tuple[str, int, float, float] | None = None
         self._checkpoint: str | None = None
 
@@ -152,12 +157,14 @@ class _Probe:
         if step.kind == "train":
             if what not in self._trained:
                 self._trained[what] = self._probe_train(step)
-            step_s, size = self._trained[what]
-            return sum(step_s[name] * count for name, count in self._steps_of(step).items()), size, "probe"
+            begin_s, step_s, size = self._trained[what]
+            seconds = sum(step_s[name] * count for name, count in self._steps_of(step).items())
+            return begin_s + seconds, size, "probe"
         if what not in self._measured:
-            self._measured[what] = getattr(self, f"_probe_{step.kind}")(step)
-        seconds, bytes_each = self._measured[what]
-        return seconds * units, int(bytes_each * units), "probe"
+            probe = self._probe_recaption if step.kind == "recaption" else self._probe_evaluate
+            self._measured[what] = probe(step)
+        begin_s, seconds, bytes_each = self._measured[what]
+        return begin_s + seconds * units, int(bytes_each * units), "probe"
 
     @property
     def total(self) -> int:
@@ -208,7 +215,7 @@ class _Probe:
         """Bytes of a step like complete ones, by what those hold."""
         for name, record in self.state.records.items():
             if record["kind"] == step.kind:
-                size = sum(f.stat().st_size for f in (self.run / name).rglob("*") if f.is_file())
+                size = folder_bytes(self.run / name)
                 return size if step.kind == "train" else int(size / max(1, record.get("images", 1)) * units)
         return 0
 
@@ -223,7 +230,9 @@ class _Probe:
 
                 plan = shard_plan(source.world.model_dump(mode="json"))
                 count = min(PROBE_IMAGES, plan.scenes)
-                shard_bytes(replace(plan, scenes=1), range(1))  # the first reads what all of them use
+                shard_bytes(
+                    replace(plan, scenes=2 * count), range(count, 2 * count)
+                )  # the first ones fill caches
                 started = time.monotonic()
                 data = shard_bytes(replace(plan, scenes=count), range(count))
                 seconds = time.monotonic() - started
@@ -286,40 +295,50 @@ class _Probe:
     def _probe_paths(self) -> tuple[str, ...]:
         return str(self.folder / "long"), str(self.folder / "short")
 
-    def _probe_train(self, step: Step) -> tuple[dict[str, float], int]:
+    def _probe_train(self, step: Step) -> tuple[float, dict[str, float], int]:
         from vila2.train.estimate import estimate as estimate_training
         from vila2.train.recipe import Recipe
 
+        started = time.monotonic()
         found = estimate_training(make_settings(Recipe, self._training(step), step.name))
-        return {stage.name: stage.step_s for stage in found.stages}, found.disk_bytes
+        stepping = sum((found.probed_steps + 1) * stage.step_s for stage in found.stages)
+        begin_s = max(0.0, time.monotonic() - started - stepping)  # loading; saving takes about as long again
+        kept = len(found.stages) * folder_bytes(Path(self._model()))
+        self.passing_bytes = max(self.passing_bytes, found.disk_bytes - kept)
+        return begin_s, {stage.name: stage.step_s for stage in found.stages}, kept
 
-    def _probe_recaption(self, step: Step) -> tuple[float, float]:
+    def _probe_recaption(self, step: Step) -> tuple[float, float, float]:
         from vila2.recaption.estimate import estimate as estimate_captions
 
         context = replace(self.context, outcomes={SOURCE: {"samples": PROBE_IMAGES}})
         settings = {**step.settings, "source": self._images()[0], "model": self._model(), "fraction": 1.0}
         settings.pop("limit", None)
         small = replace(step, settings=settings)
+        started = time.monotonic()
         found = estimate_captions(recaption_settings(small, context))
+        begin_s = time.monotonic() - started - found.probe_s
         captions = max(1, found.pending_images * found.prompts)
-        return found.seconds / captions, found.disk_bytes / captions
+        return begin_s, found.seconds / captions, found.disk_bytes / captions
 
-    def _probe_evaluate(self, step: Step) -> tuple[float, float]:
+    def _probe_evaluate(self, step: Step) -> tuple[float, float, float]:
         from vila2.evaluate import evaluate
 
         settings = {key: value for key, value in step.settings.items() if key != "checkpoint"}
         count = min(PROBE_SCENES, settings["scenes"])
         tasks = settings.pop("tasks")
+        model = self._model()
+        started = time.monotonic()
         found = evaluate(
-            self._model(),
+            model,
             tasks,
             device=self.recipe.device,
             threads=self.recipe.threads,
             **{**settings, "scenes": count},
         )
+        begin_s = time.monotonic() - started - found.seconds
         file = self.folder / "evaluation.json"
         found.save(file)
-        return found.seconds / count, file.stat().st_size / count
+        return begin_s, found.seconds / count, file.stat().st_size / count
 
     def _model(self) -> str:
         """A checkpoint of the recipe's shape: one that is trained, its base, or one trained for a single step."""
@@ -358,6 +377,12 @@ class _Probe:
         shutil.rmtree(out / "cache", ignore_errors=True)
         assert summary.checkpoint is not None
         return summary.checkpoint
+
+
+def folder_bytes(folder: Path) -> int:
+    """The sizes of all files below, those that links lead to left out."""
+    files = (file for file in folder.resolve().rglob("*") if file.is_file() and not file.is_symlink())
+    return sum(file.stat().st_size for file in files)
 
 
 _VARYING = ("checkpoint", "model", "scenes", "split", "round", "seed", "limit", "temperature", "prompt")
