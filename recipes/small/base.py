@@ -24,7 +24,9 @@ from vila2.model.vila_writer import save_vila
 from vila2.model.vision import VisionConfig
 from vila2.model.vlm import ModelConfig, VisionLanguageModel
 from vila2.recaption.interrupt import Interrupts
+from vila2.train.mixture import derived_seed
 from vila2.train.recipe import Recipe
+from vila2.train.start import fresh_weights
 from vila2.train.tower import TowerSettings, fresh_tower, train_tower, write_figures
 from vila2.train.trainer import Trainer
 from vila2.train.vocabulary import world_corpus, write_vocabulary
@@ -60,9 +62,11 @@ def make_tower(out: Path, config: ModelConfig, tokenizer: Path, settings: TowerS
     """A VILA checkpoint whose tower is trained and whose decoder is a fresh one."""
     tower = fresh_tower(config.vision, settings.seed)
     figures = train_tower(tower, tokenizer, settings, lambda line: print(line, flush=True))
-    torch.manual_seed(settings.seed)
     model = VisionLanguageModel.from_config(config)
     model.vision.load_state_dict(tower.state_dict())
+    # Not as torch draws them: a head tied to embeddings of size one begins with a loss of a hundred.
+    for name, part in (("projector", model.projector), ("decoder", model.decoder)):
+        fresh_weights(part, derived_seed(settings.seed, name), config.decoder.num_layers)
     save_vila(out, model, tokenizer, config)
     write_figures(out / "tower.json", settings, figures)
 
