@@ -171,11 +171,11 @@ class RecaptionSettings(_Settings):
             )
         if values.get("backend") not in (None, backend):
             raise ValueError(f"engine {engine} is for --backend {backend}, not {values['backend']}")
-        if values.get("model") not in (None, engine):
+        if values.get("model") not in (None, engine, DEFAULT_MODEL):
             raise ValueError("give model or engine, not both: an engine holds its model")
         if backend == "trtllm":
             return {**values, "backend": backend}
-        return {**values, "backend": backend, "engine": None, "model": engine}
+        return {**values, "backend": backend, "engine": None, "model": str(Path(engine).expanduser())}
 
     @field_validator("prompt", "stop", "base_url", "engine_option", mode="before")
     @classmethod

@@ -129,6 +129,36 @@ def test_what_there_is_no_time_for_is_skipped_and_said():
     assert said[-1] == "0 results, 0 wrong, 0 broken, 0 of 0 bars met, 5 skipped"
 
 
+def test_a_row_says_on_what_it_was_measured(tmp_path, monkeypatch):
+    import common
+    import gpu_report
+    import torch
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setenv("PATH", "/nowhere")  # no nvidia-smi, no git: columns are empty and nothing breaks
+    report = gpu_report.Report({**gpu_report.device_facts(dry=False), "commit": "abc1234"}, keeps_rows=True)
+    report.add(
+        "kernels", gpu_report.Result("gelu", "2 x 3", 4.0, "us", 0.9, "copy bandwidth", 0.85, 1e-3, 1e-2)
+    )
+    report.add("kernels", gpu_report.Result("broken", "2 x 3", 4.0, "us", error=float("nan")))
+    first, second = common.read_rows("gpu")
+    assert (first["device"], first["commit"], first["torch"]) == (
+        "NVIDIA H100 80GB HBM3",
+        "abc1234",
+        torch.__version__,
+    )
+    assert {"date", "driver", "cuda", "python", "triton", "transformers"} <= first.keys()
+    assert (first["section"], first["ratio"], first["bar"], first["verdict"]) == (
+        "kernels",
+        "0.9",
+        "0.85",
+        "met",
+    )
+    assert second["verdict"] == "WRONG"
+    assert report.close() == 1
+
+
 @pytest.mark.parametrize("file", sorted(path.stem for path in (ROOT / "kernels").glob("*.py")))
 def test_every_kernel_has_its_formula_a_test_a_benchmark_and_a_line_of_the_notes(file):
     source = (ROOT / "kernels" / f"{file}.py").read_text()

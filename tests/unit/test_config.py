@@ -140,6 +140,8 @@ def test_an_engine_directory_says_which_backend_it_is_for(tmp_path: Path) -> Non
     assert native == recaption_settings(None, {"source": "s", "out": "o", "model": ours, "backend": "native"})
     foreign = recaption_settings(None, {"source": "s", "out": "o", "engine": theirs})
     assert (foreign.backend, foreign.engine, foreign.resolved_precision) == ("trtllm", theirs, "fp8")
+    for settings in (native, foreign):  # as a process of `--devices` gets them
+        assert make_settings(RecaptionSettings, settings.model_dump(mode="json", by_alias=True)) == settings
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('source = "s"\nout = "o"\nmodel = "m"\n')
     assert (
