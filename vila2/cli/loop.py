@@ -90,10 +90,15 @@ def _describe(summary: "LoopSummary") -> str:
 
 
 def _dry_run(recipe: "LoopRecipe", as_json: bool) -> int:
+    from vila2.augment.context import Stopped
     from vila2.augment.probe import estimate
     from vila2.cli.progress import print_event
 
-    result = estimate(recipe)
+    try:
+        result = estimate(recipe)
+    except Stopped:  # the command that makes a small base was told to
+        print("stopped; nothing was written", file=sys.stderr)
+        return INTERRUPTED_EXIT
     if as_json:
         print_event("estimate", result.to_json())
     else:

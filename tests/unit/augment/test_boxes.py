@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.unit.augment.kits import context
 from vila2.augment.boxes import FILE_NAME, BadBoxes, filtered, run_boxes
 from vila2.augment.step import Step
 from vila2.errors import SourceError, UsageError
+from vila2.train.text_sources import open_llava
 
 
 def record(*answers: str) -> dict[str, Any]:
@@ -81,6 +83,20 @@ def test_a_file_is_filtered(tmp_path: Path, suffix: str) -> None:
     assert found == {"kept": 1, "dropped": {"no box": 1, "box too large": 1}}
     lines = (tmp_path / "boxes" / FILE_NAME).read_text().splitlines()
     assert [json.loads(line) for line in lines] == records[:1]
+
+
+def test_what_is_left_is_read_as_conversations_about_the_images_of_the_file(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(data / "a.jpg")
+    file = data / "grit.json"
+    file.write_text(json.dumps([record("a sky [0,0,1,1]"), record("a dog [0.1,0.2,0.5,0.6] runs")]))
+    run(tmp_path, file)
+    documents = open_llava("grit", str(tmp_path / "boxes" / FILE_NAME), str(data))
+    assert documents.length == 1
+    found = documents.document(0)
+    assert found.conversations[0][0][1] == "a dog [100,200,500,600] runs"
+    assert len(found.images) == 1
 
 
 def test_a_file_that_gives_nothing_stops(tmp_path: Path) -> None:
