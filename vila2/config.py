@@ -40,8 +40,18 @@ _ENGINE = ("engine", "engine_option")
 # Settings that mean nothing to a backend: refused if they are given, and no part of what decides its captions.
 FOREIGN: dict[str, tuple[str, ...]] = {
     "native": ("request_timeout", *_SERVER, *_ENGINE),
-    "http": ("device", "devices", "precision", "template", "deterministic", "resize", "threads", *_ENGINE),
-    "trtllm": ("device", "deterministic", "threads", *_SERVER),
+    "http": (
+        "device",
+        "devices",
+        "precision",
+        "template",
+        "deterministic",
+        "resize",
+        "threads",
+        "gpu_memory",
+        *_ENGINE,
+    ),
+    "trtllm": ("device", "deterministic", "threads", "gpu_memory", *_SERVER),
 }
 
 DEFAULT_MODEL = "nano"  # ships with the package

@@ -49,6 +49,8 @@ def test_what_decides_captions_is_recorded_and_what_does_not_is_not() -> None:
         ({"backend": "http"}, ["needs --base-url"]),
         ({"backend": "http", "base_url": "u", "template": "plain"}, ["template", "--backend http", "native"]),
         ({"backend": "http", "base_url": "u", "precision": "bf16"}, ["precision", "--backend http"]),
+        ({"backend": "http", "base_url": "u", "gpu_memory": 0.5}, ["gpu_memory", "only to native"]),
+        ({"backend": "trtllm", "gpu_memory": 0.5}, ["gpu_memory", "--backend trtllm"]),
         ({"base_url": ["u"]}, ["base_url", "--backend native", "http"]),
         ({"prompt": ["a"], "prompt_text": "b"}, ["not both"]),
         ({"prompt": ["a", "a"]}, ["twice"]),
