@@ -24,7 +24,9 @@ GREEDY = SamplingParams(max_new_tokens=8)
 
 
 def settings_for(model: Path, **values: Any) -> RecaptionSettings:
-    base = {"source": "s", "out": "o", "backend": "trtllm", "model": str(model), "batch_size": 4}
+    base = {"source": "s", "out": "o", "backend": "trtllm", "batch_size": 4}
+    if "engine" not in values:
+        base["model"] = str(model)
     return make_settings(RecaptionSettings, {**base, **values})
 
 
@@ -268,8 +270,11 @@ def test_an_engine_of_something_else_is_refused(
     shutil.rmtree(model)
     with pytest.raises(CheckpointError, match="build it again"):
         open_captioner(given)
+    (engine.path / "engine.json").unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
-        open_captioner(settings_for(model, engine=str(tmp_path / "gone")))
+        open_captioner(given)
+    with pytest.raises(UsageError, match="it has no readable"):
+        settings_for(model, engine=str(engine.path))
 
 
 def test_an_engine_that_does_not_start(version: str, models: dict[str, Path], cache: Path) -> None:
