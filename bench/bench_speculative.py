@@ -14,6 +14,7 @@ On a machine with other work, `--clock cpu --threads 1` counts this process's CP
 
 import argparse
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,10 +44,11 @@ def requests(captioner: NativeCaptioner, count: int, new_tokens: int) -> list[Ca
 
 def replaced(text: str, share: float, others: list[str], rng: random.Random) -> str:
     """`text` with a share of its words replaced by some of `others`."""
-    words = text.split()
-    for place in rng.sample(range(len(words)), round(share * len(words))):
-        words[place] = rng.choice(others)
-    return " ".join(words)
+    parts = re.split(r"(\s+)", text)  # words at even places, the space between them at odd ones
+    words = [place for place in range(0, len(parts), 2) if parts[place]]
+    for place in rng.sample(words, round(share * len(words))):
+        parts[place] = rng.choice(others)
+    return "".join(parts)
 
 
 def new_words(captions: list[Caption]) -> float:

@@ -169,8 +169,8 @@ class NativeCaptioner:
         text = request.draft.strip()[: 16 * request.sampling.max_new_tokens]
         if not text:
             return ()
-        if not self.engine.word_starts:
-            self.engine.word_starts = self.checkpoint.tokenizer.word_starts()
+        if not self.engine.kinds:
+            self.engine.kinds = self.checkpoint.tokenizer.kinds()
         return tuple(self.checkpoint.tokenizer.encode(text))
 
     def _caption(self, finished: Finished) -> Caption:

@@ -9,14 +9,16 @@ be trusted, or has nothing, the run's phrases may know better (`Line`).
 
 from collections import defaultdict
 from collections.abc import Sequence as Seq
-from collections.abc import Set
+from math import log2
 from typing import NamedTuple
 
 from vila2.engine.phrases import MAX_CONTEXT, SHARES, Phrases
+from vila2.model.tokenizer import TokenKind
 
 MAX_MATCH = 4  # tokens before a place that are compared; more say nothing new
-# How far from its expected place a match of so many tokens is believed: a lone comma proves little.
-_REACH = (0, 8, 32)
+# Matching tokens that a doubling of the distance from the expected place is worth: the first word that differs is
+# probably one for another; the longer nothing fits, the farther away the draft may go on.
+_DOUBTS = (1.0, 0.6, 0.4)
 _PRIOR = (
     0.5,
     0.6,
@@ -24,7 +26,7 @@ _PRIOR = (
     0.85,
     0.9,
 )  # acceptance by the number of tokens matched before, until it is measured
-_PRIOR_WEIGHT = 8.0  # tokens
+_PRIOR_WEIGHT = 4.0  # tokens
 _RUN_MEMORY = 0.998  # a token: half of what is known of a run is forgotten in 350 tokens
 _SEQUENCE_MEMORY = 0.97  # a step: a sequence without luck tries one token again after some thirty steps
 _SEQUENCE_WEIGHT = 1.0  # tokens
@@ -72,14 +74,15 @@ class Acceptance:
 class Draft:
     """One sequence's draft. `next` is the place in `tokens` that the output is believed to come to next.
 
-    `word_starts` are the tokens that begin a word or stand for themselves; without them each token is a word.
+    `kinds` say what each token of the vocabulary is (see `TokenKind`); without them each is a word.
     """
 
-    def __init__(self, tokens: Seq[int], word_starts: Set[int] = frozenset()) -> None:
+    def __init__(self, tokens: Seq[int], kinds: bytes = b"") -> None:
         self.tokens = tuple(tokens)
-        self._word_starts = word_starts
+        self._kinds = kinds
         self.next = 0
         self.num_matched = 1  # a caption begins where its draft does: as good as one matched token
+        self._num_lost = 0  # tokens since two of the draft were right one after the other
         self._places: dict[int, list[int]] = defaultdict(list)
         for place, token in enumerate(self.tokens):
             self._places[token].append(place)
@@ -101,34 +104,51 @@ class Draft:
             if self.next < len(self.tokens) and self.tokens[self.next] == output[end - 1]:
                 self.next += 1
                 self.num_matched += 1
+                if self.num_matched > 1:
+                    self._num_lost = 0
             else:
+                self._num_lost += 1
                 self._look_up(output, end)
 
     def _look_up(self, output: Seq[int], end: int) -> None:
-        """Find the place after the tokens before `output[end]`: the longest match, the nearest among equals."""
+        """Find the place after the tokens before `output[end]`: a long match, and near where it is expected."""
         expected = self.after(self.next, output[end - 1])
-        best = (0, 0, expected)
+        doubt = _DOUBTS[min(self._num_lost, len(_DOUBTS)) - 1]
+        best = (0.0, 0, expected)
         for place in self._places.get(output[end - 1], ()):
             length = 1
             most = min(MAX_MATCH, place + 1, end)
             while length < most and self.tokens[place - length] == output[end - 1 - length]:
                 length += 1
             distance = abs(place + 1 - expected)
-            if length >= len(_REACH) or distance <= _REACH[length]:
-                best = max(best, (length, -distance, place + 1))
-        self.num_matched, _, self.next = best
+            best = max(best, (length - doubt * log2(1 + distance), length, place + 1))
+        _, self.num_matched, self.next = best
 
     def after(self, place: int, token: int) -> int:
-        """Where the output goes on if `token` stands for what the draft has at `place`: one word for another."""
-        if not self._is_start(token) and (place == len(self.tokens) or self._is_start(self.tokens[place])):
-            return place  # the output's word is longer than the draft's
-        place = min(place + 1, len(self.tokens))
-        while place < len(self.tokens) and not self._is_start(self.tokens[place]):
+        """Where the output goes on if `token` stands for what the draft has at `place`, or in between: one word for
+        another, with what hangs on it.
+        """
+        if place == len(self.tokens):
+            return place
+        kind, here = self.kind(token), self.kind(self.tokens[place])
+        if kind is TokenKind.INSIDE:
+            if here is not TokenKind.INSIDE:
+                return place  # the output's word is longer than the draft's
+            return self._skip(place, (TokenKind.INSIDE,))
+        if kind is TokenKind.WORD:
+            return self._skip(place, (TokenKind.INSIDE, TokenKind.MARK))
+        return place if here is TokenKind.WORD else place + 1
+
+    def _skip(self, place: int, kinds: tuple[TokenKind, ...]) -> int:
+        """The next place after `place` with a token of none of `kinds`."""
+        place += 1
+        while place < len(self.tokens) and self.kind(self.tokens[place]) in kinds:
             place += 1
         return place
 
-    def _is_start(self, token: int) -> bool:
-        return not self._word_starts or token in self._word_starts
+    def kind(self, token: int) -> TokenKind:
+        """What a token is."""
+        return TokenKind(self._kinds[token]) if token < len(self._kinds) else TokenKind.WORD
 
     def learn(self, acceptance: Acceptance, num_tried: int, num_right: int) -> None:
         """Note what became of a step: of `num_tried` tokens `num_right` were right. Call it before `follow`."""

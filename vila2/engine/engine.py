@@ -6,7 +6,7 @@ the model, samples, and ends what has ended. Stop strings need text, so the call
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Set
+from collections.abc import Callable, Hashable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
@@ -94,7 +94,7 @@ class Engine:
     kv_dtype: torch.dtype = torch.float32
     counters: Counters = field(default_factory=Counters)
     speculator: Speculator = field(default_factory=Speculator)
-    word_starts: Set[int] = frozenset()  # see vila2.engine.draft
+    kinds: bytes = b""  # of the vocabulary's tokens (see vila2.engine.draft)
     scheduler: Scheduler = field(init=False)
     runner: ModelRunner = field(init=False)
     ahead: Ahead | None = field(init=False, default=None)
@@ -131,7 +131,7 @@ class Engine:
                 f"the prompt has {len(request.token_ids)} tokens; this engine has room for "
                 f"{self.max_total_tokens() - 1} and one new one"
             )
-        sequence = start_sequence(replace(request, draft=self._usable(request.draft)), self.word_starts)
+        sequence = start_sequence(replace(request, draft=self._usable(request.draft)), self.kinds)
         if request.sampling.repetition:
             sequence.loop_runs = new_runs(request.sampling.repetition)
         if request.images:

@@ -3,7 +3,7 @@
 The engine knows tokens and pixels; it knows nothing of chat templates, files or captions.
 """
 
-from collections.abc import Hashable, Set
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -108,7 +108,7 @@ class Sequence:
         return self.num_computed == self.num_tokens - 1 and self.num_new_tokens > 0
 
 
-def start_sequence(request: EngineRequest, word_starts: Set[int] = frozenset()) -> Sequence:
+def start_sequence(request: EngineRequest, kinds: bytes = b"") -> Sequence:
     """A sequence with the prefixes that it may share: the header, then header and images for siblings."""
     prefixes = []
     image_end = max((span.start + span.length for span in request.spans), default=0)
@@ -118,5 +118,5 @@ def start_sequence(request: EngineRequest, word_starts: Set[int] = frozenset()) 
         prefixes.append(PrefixKey(("header", header), request.header_length, 0))
     if request.image_key is not None and request.num_siblings > 1 and image_end <= limit:
         prefixes.append(PrefixKey(("image", header, request.image_key), image_end, request.num_siblings))
-    draft = Draft(request.draft, word_starts) if request.draft else None
+    draft = Draft(request.draft, kinds) if request.draft else None
     return Sequence(request, list(request.token_ids), tuple(prefixes), draft=draft)

@@ -6,6 +6,7 @@ templates are rendered by transformers, in jinja2's sandbox.
 
 import os
 from collections.abc import Iterable, Sequence
+from enum import IntEnum
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,17 @@ from vila2.model.weight_files import read_json
 
 IMAGE_PLACEHOLDER = "<image>"
 _PROBE = "vila2probe"
-_SPACES = "\u2581\u0120\u010a"  # how vocabularies write a space (SentencePiece, byte-level) and a newline
+_SPACES = ("\u2581", "\u0120")  # how vocabularies write a space: SentencePiece, byte-level
+_LINES = ("\u010a", "<0x0A>", "\n")  # and a new line
+
+
+class TokenKind(IntEnum):
+    """What a token is to the word that it stands in."""
+
+    INSIDE = 0  # it goes on with a word
+    WORD = 1  # a space and the beginning of a word
+    MARK = 2  # it stands for itself: punctuation
+    LINE = 3  # a new line, and what follows
 
 
 class Tokenizer:
@@ -55,14 +66,10 @@ class Tokenizer:
         """Is this id a special token or an added one, rather than a piece of ordinary text?"""
         return token in self.inner.all_special_ids or token in self.inner.added_tokens_decoder
 
-    def word_starts(self) -> frozenset[int]:
-        """Ids of the tokens that begin a word after a space, and of those without a letter or digit."""
+    def kinds(self) -> bytes:
+        """A `TokenKind` for each id."""
         pieces = self.inner.convert_ids_to_tokens(list(range(self._size)))
-        return frozenset(
-            index
-            for index, piece in enumerate(pieces)
-            if piece and (piece[0] in _SPACES or not any(character.isalnum() for character in piece))
-        )
+        return bytes(_kind(piece or "") for piece in pieces)
 
     def name(self, token: int) -> str:
         """The token as it is written in the vocabulary."""
@@ -124,6 +131,14 @@ class Tokenizer:
             )
         except CheckpointError:
             return True
+
+
+def _kind(piece: str) -> TokenKind:
+    if piece.startswith(_LINES):
+        return TokenKind.LINE
+    if not any(character.isalnum() for character in piece):
+        return TokenKind.MARK
+    return TokenKind.WORD if piece.startswith(_SPACES) else TokenKind.INSIDE
 
 
 def _parts(content: str) -> list[dict[str, str]]:

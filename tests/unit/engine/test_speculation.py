@@ -23,6 +23,7 @@ from vila2.engine.phrases import MAX_CONTEXT, SHARES, Phrases
 from vila2.engine.scheduler import Chunk, Scheduler
 from vila2.engine.sequence import EngineRequest, Finished, start_sequence
 from vila2.engine.speculation import MAX_DRAFT, Speculator, StepCost, measure_step_cost
+from vila2.model.tokenizer import TokenKind
 from vila2.types import CaptionRequest, FinishReason, RepetitionRule, SamplingParams
 
 FREE = StepCost((1, 2), (1.0, 1.0))  # a row more costs nothing: every draft is verified
@@ -228,27 +229,51 @@ def test_a_draft_follows_and_finds_its_way_back():
     assert followed(far, [1, 7, 8, 9], [1, 1, 1, 1]).ahead(1) == (5,)
     # Of two places the nearer one, and the one with the longer match before that.
     assert followed([1, 2, 3, 2, 4], [1, 9, 2], [3]).ahead(1) == (4,)
-    assert followed([3, 2, 5, 1, 2, 6], [1, 2], [2]).ahead(1) == (6,)
+    assert followed([3, 2, 5, 7, 1, 2, 6], [8, 1, 2], [3]).ahead(1) == (6,)
     # Past the end there is nothing ahead.
     assert followed([1, 2], [1, 2, 3, 4], [4]).ahead(5) == ()
 
 
+INSIDE, WORD, MARK, LINE = (bytes([kind]) for kind in TokenKind)
+KINDS = 10 * INSIDE + 60 * WORD + 20 * MARK + 10 * LINE  # words from 10, marks from 70, lines from 90
+
+
+def after(draft: list[int], output: list[int]) -> tuple[int, ...]:
+    kept = Draft(draft, KINDS)
+    kept.follow(output, len(output))
+    return kept.ahead(2)
+
+
 def test_a_word_stands_for_a_word_however_many_tokens_each_has():
-    starts = frozenset(range(10, 100))  # the others go on with a word
     draft = [10, 11, 1, 2, 12, 3, 13]
+    assert after(draft, [10, 11, 1]) == (2, 12)
+    assert after(draft, [10, 69]) == (12, 3)  # one token for three
+    assert after(draft, [10, 69, 4]) == after(draft, [10, 69, 4, 5]) == (12, 3)  # and more than one
+    assert after(draft, [10, 11, 4]) == (12, 3)  # another ending
+    assert after(draft, [10, 11, 1, 2, 4]) == (12, 3)  # a longer one
+    assert after(draft, [10, 11, 69]) == (12, 3)  # a shorter word, and then another
+    assert after(draft, [10, 11, 1, 2, 12, 3, 13, 4]) == ()
 
-    def after(output: list[int]) -> tuple[int, ...]:
-        kept = Draft(draft, starts)
-        kept.follow(output, len(output))
-        return kept.ahead(2)
 
-    assert after([10, 11, 1]) == (2, 12)
-    assert after([10, 99]) == (12, 3)  # one token for three
-    assert after([10, 99, 4]) == after([10, 99, 4, 5]) == (12, 3)  # and more than one
-    assert after([10, 11, 4]) == (12, 3)  # another ending
-    assert after([10, 11, 1, 2, 4]) == (12, 3)  # a longer one
-    assert after([10, 11, 99]) == (12, 3)  # a shorter word, and then another
-    assert after([10, 11, 1, 2, 12, 3, 13, 4]) == ()
+def test_what_hangs_on_a_word_goes_with_it_and_marks_and_lines_may_be_put_in():
+    draft = [10, 11, 1, 70, 2, 71, 12, 70, 13, 90, 14]
+    assert after(draft, [10, 69]) == (12, 70)  # a word for another that holds marks
+    assert after(draft, [10, 69, 79]) == (12, 70)  # with a mark of its own
+    assert after(draft, [10, 11, 1, 70, 2, 71, 12, 69]) == (13, 90)  # a word more, and a mark less
+    assert after(draft, [10, 11, 1, 70, 2, 71, 12, 79]) == (13, 90)  # another mark
+    assert after(draft, [10, 70]) == (11, 1)  # a mark more
+    assert after(draft, [10, 90]) == after(draft, [10, 90, 91]) == (11, 1)  # lines more
+    assert after(draft, [10, 11, 1, 70, 2, 71, 12, 70, 69]) == (90, 14)  # a line is no part of a word
+
+
+def test_the_longer_nothing_fits_the_farther_away_the_draft_may_go_on():
+    draft = [*range(10, 40), 50, 51, *range(40, 50)]
+    start = [10, 11, 12]
+    assert after(draft, [*start, 50]) == (14, 15)  # a word that occurs far away, for another
+    assert after(draft, [*start, 50, 51]) == (15, 16)
+    assert after(draft, [*start, 50, 51, 40]) == (41, 42)  # three of them there, and none here
+    assert after(draft, [*start, 15]) == (14, 15)  # one that occurs near: perhaps
+    assert after(draft, [*start, 15, 16]) == (17, 18)
 
 
 @settings(max_examples=200, deadline=None)
@@ -315,8 +340,7 @@ def test_phrases_forget_a_generation_at_a_time_and_keep_what_is_used():
 
 
 def test_a_line_takes_the_likelier_of_draft_and_phrases_and_goes_on_with_both():
-    starts = frozenset(range(10, 100))
-    draft = Draft([10, 11, 12, 13, 14, 15, 16], starts)
+    draft = Draft([10, 11, 12, 13, 14, 15, 16], KINDS)
     draft.follow([10, 50], 2)  # another word for 11: nothing is proved
     phrases, acceptance = Phrases(), Acceptance()
     alone = Line(draft, [10, 50], phrases, acceptance)

@@ -9,7 +9,7 @@ import pytest
 from tests.checkpoints import write_llava, write_nvila, write_vila15
 from tests.tiny_tokenizers import CHATML, LLAVA_TEMPLATE, byte_tokenizer, llama_tokenizer, write_tokenizer
 from vila2.errors import CheckpointError
-from vila2.model.tokenizer import Tokenizer, has_chat_template, load_tokenizer
+from vila2.model.tokenizer import Tokenizer, TokenKind, has_chat_template, load_tokenizer
 
 USER = [{"role": "user", "content": "<image>\nWhat is it?"}]
 
@@ -178,12 +178,18 @@ def test_a_folder_without_a_tokenizer_and_one_that_wants_code_are_refused(tmp_pa
     assert not marker.exists()
 
 
-def test_words_start_after_spaces_and_at_signs(llama: Tokenizer, qwen: Tokenizer) -> None:
+def test_what_a_token_is_to_its_word(llama: Tokenizer, qwen: Tokenizer) -> None:
     for tokenizer in (llama, qwen):
-        starts = tokenizer.word_starts()
+        kinds = tokenizer.kinds()
+        assert len(kinds) == len(tokenizer)
         ids = tokenizer.encode("two dogs, zzqx")
-        assert {tokenizer.name(index)[0] for index in ids if index in starts} <= set("\u2581\u0120,")
-        assert tokenizer.encode("a,")[-1] in starts
-        assert ids[-1] not in starts  # the middle of a word
-    assert llama.encode("two")[0] in llama.word_starts()
-    assert qwen.encode("a dog")[1] in qwen.word_starts()
+        found = [kinds[index] for index in ids]
+        names = [tokenizer.name(index) for index in ids]
+        assert {name[0] for name, kind in zip(names, found, strict=True) if kind == TokenKind.WORD} <= set(
+            "\u2581\u0120"
+        )
+        assert found[-1] == TokenKind.INSIDE  # the middle of a word
+        assert kinds[tokenizer.encode("a,")[-1]] == TokenKind.MARK
+        assert TokenKind.LINE in {kinds[index] for index in tokenizer.encode("a\nb")}
+    assert llama.kinds()[llama.encode("two")[0]] == TokenKind.WORD
+    assert qwen.kinds()[qwen.encode("a dog")[1]] == TokenKind.WORD
