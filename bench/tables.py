@@ -176,6 +176,18 @@ COLUMNS = {
         "unit": "unit",
         "of_ceiling": "of the ceiling",
     },
+    "gpu": {
+        "section": "section",
+        "name": "what",
+        "shape": "shape",
+        "value": "value",
+        "unit": "unit",
+        "ratio": "ratio",
+        "against": "of",
+        "bar": "bar",
+        "error": "error",
+        "verdict": "verdict",
+    },
 }
 SHOWN = {
     "ops": lambda row: (
@@ -188,6 +200,7 @@ SHOWN = {
 ONE_RUN = {
     "crossovers",
     "decode",
+    "gpu",
     "peers",
     "serve",
     "speculative",
@@ -227,9 +240,12 @@ def table(name: str) -> str:
     if name in NEWEST:
         rows = list({tuple(r[key] for key in NEWEST[name]): r for r in rows}.values())
     columns = COLUMNS[name]
-    lines = [
-        f"{last['date']}, commit {last['commit']}, {last['device']}, {last['isa']}, {last['threads']} threads, "
-    ]
+    on = (
+        f"driver {last['driver']}, CUDA {last['cuda']}, triton {last['triton']}"
+        if "driver" in last
+        else f"{last['isa']}, {last['threads']} threads"
+    )
+    lines = [f"{last['date']}, commit {last['commit']}, {last['device']}, {on}, "]
     lines[0] += f"torch {last['torch']}, transformers {last['transformers']}:\n"
     lines += ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(key, row[key]) for key in columns) + " |" for row in rows]

@@ -132,6 +132,7 @@ def test_what_there_is_no_time_for_is_skipped_and_said():
 def test_a_row_says_on_what_it_was_measured(tmp_path, monkeypatch):
     import common
     import gpu_report
+    import tables
     import torch
 
     monkeypatch.setattr(common, "RESULTS", tmp_path)
@@ -156,6 +157,9 @@ def test_a_row_says_on_what_it_was_measured(tmp_path, monkeypatch):
         "met",
     )
     assert second["verdict"] == "WRONG"
+    shown = tables.table("gpu").splitlines()
+    assert "commit abc1234, NVIDIA H100 80GB HBM3, driver" in shown[0]
+    assert [line.split(" | ")[1] for line in shown[-2:]] == ["gelu", "broken"]
     assert report.close() == 1
 
 
