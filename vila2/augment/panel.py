@@ -23,9 +23,9 @@ from vila2.types import Caption, CaptionRequest
 if TYPE_CHECKING:
     from numpy import uint8
     from numpy.typing import NDArray
-    from torch import Tensor, nn
 
     from vila2.model.images import PreparedImage
+    from vila2.model.vision import VisionTower
 
 _TOWER, _PROJECTOR = "vision_tower", "mm_projector"
 _QUEUED = 64  # requests that wait for one specialist before no more are pulled
@@ -176,11 +176,11 @@ class _Lane:
 class _Tower:
     """A tower whose passes can be played back: a second projector reads what it made for the first."""
 
-    def __init__(self, tower: "nn.Module") -> None:
-        self._made: list[Tensor] = []
-        self._played: Iterator[Tensor] | None = None
+    def __init__(self, tower: "VisionTower") -> None:
+        self._made: list[Any] = []
+        self._played: Iterator[Any] | None = None
         self._forward = tower.forward
-        tower.forward = self._pass
+        tower.forward = self._pass  # type: ignore[method-assign]
 
     def begin(self) -> None:
         """What is passed from now on is kept."""
@@ -194,7 +194,7 @@ class _Tower:
     def end(self) -> None:
         self.begin()
 
-    def _pass(self, tiles: "Tensor") -> "Tensor":
+    def _pass(self, tiles: Any) -> Any:
         if self._played is not None:
             return next(self._played)
         features = self._forward(tiles)
