@@ -350,9 +350,10 @@ def size_engine(
             checkpoint.tokenizer.eos_ids,
             room=room,
             share=gpu_memory,
+            sequence_bytes=0 if batch_size else usual * bytes_per_token,
         )
         assert limits.card is not None
-        budget = limits.card.kv_bytes
+        max_num_seqs, budget = limits.max_num_seqs, limits.card.kv_bytes
     most = int(budget // bytes_per_token)
     if most < usual:
         raise UsageError(

@@ -41,21 +41,22 @@ class CardPlan:
     reckoned: Needs  # by the model's shape alone; the same where nothing was measured
 
     @property
-    def kv_bytes(self) -> int:
-        """What the cache may have: `share` of the card, less what is taken already and what the rest needs.
+    def left(self) -> int:
+        """`share` of the card, less what is taken already and what all but the cache needs; below 0 if it is short."""
+        return int(self.share * self.total) - (self.total - self.free) - self.needs.total
 
-        UsageError, with the sizes, if nothing is left.
-        """
+    @property
+    def kv_bytes(self) -> int:
+        """What the cache may have: what is left. UsageError, with the sizes, if nothing is."""
         taken, needs = self.total - self.free, self.needs
-        budget = int(self.share * self.total) - taken - needs.total
-        if budget <= 0:
+        if self.left <= 0:
             raise UsageError(
                 f"no GPU memory is left for the KV cache: of {_gib(self.total)} --gpu-memory {self.share:g} allows "
                 f"{_gib(self.share * self.total)}; weights and others hold {_gib(taken)}, steps need "
                 f"{_gib(needs.steps)}, graphs {_gib(needs.graphs)}, images {_gib(needs.images)}: lower --batch-size, "
                 "choose a smaller --precision, or free the card"
             )
-        return budget
+        return self.left
 
     def describe(self, kv_bytes: int) -> str:
         """The sizes, for a log: measured ones with the reckoned ones behind them."""

@@ -7,6 +7,7 @@ be right, since another process took or gave memory meanwhile, is replaced by th
 """
 
 import gc
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from vila2.engine.runner import ModelRunner
 from vila2.model.vlm import VisionLanguageModel
 
 _PROMPT = 256  # tokens: about an image and what is asked of it
+_LEAST = 256  # tokens of a step, below which a card is too small
 
 
 def plan_card(
@@ -29,27 +31,34 @@ def plan_card(
     *,
     room: int,
     share: float,
+    sequence_bytes: int = 0,
 ) -> EngineLimits:
     """`limits` with `card` set, and with smaller batches where the largest ones found no memory.
 
-    `room` is the most tokens that a sequence may come to have, `share` what may be used of the card in all.
-    torch.OutOfMemoryError if not even the smallest batches fit.
+    `room` is the most tokens that a sequence may come to have, `share` what may be used of the card in all. With
+    `sequence_bytes`, of a usual sequence's cache, there may be fewer sequences too: they are halved until the cache
+    holds half of them. torch.OutOfMemoryError if not even the smallest batches fit.
     """
-    least = limits.max_num_seqs + 1
     while True:
-        try:
+        needs = None
+        with suppress(torch.OutOfMemoryError):
             needs = measure_needs(model, limits, kv_dtype, eos_ids, room)
-            break
-        except torch.OutOfMemoryError:
-            if limits.max_batch_tokens <= least and limits.vision_batch == 1:
-                raise
-        limits = replace(
+        count = limits.max_num_seqs
+        if needs is not None:
+            free, total = torch.cuda.mem_get_info()
+            card = CardPlan(total, free, share, needs, _reckoned(model, limits))
+            if not sequence_bytes or count == 1 or card.left >= count * sequence_bytes // 2:
+                return replace(limits, card=card)
+        smaller = replace(
             limits,
-            max_batch_tokens=max(limits.max_batch_tokens // 2, least),
+            max_batch_tokens=max(limits.max_batch_tokens // 2, min(limits.max_batch_tokens, _LEAST), count),
             vision_batch=max(limits.vision_batch // 2, 1),
         )
-    free, total = torch.cuda.mem_get_info()
-    return replace(limits, card=CardPlan(total, free, share, needs, _reckoned(model, limits)))
+        if needs is None and smaller == limits and not (sequence_bytes and count > 1):
+            raise torch.OutOfMemoryError("not even the smallest batches fit")
+        if needs is not None or smaller == limits:
+            smaller = replace(smaller, max_num_seqs=count // 2)
+        limits = smaller
 
 
 @torch.inference_mode()

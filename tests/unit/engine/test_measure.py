@@ -180,6 +180,17 @@ def test_batches_that_find_no_memory_are_halved(card: FakeCard, llava: NativeCap
     assert plan.needs.steps == 16 * TILE + 2048 * ROW + 8 * ROW
 
 
+def test_a_small_card_gets_fewer_captions_at_once_unless_their_number_was_asked_for(
+    card: FakeCard, llava: NativeCaptioner
+) -> None:
+    card.taken = card.total - LIBRARIES - 1200 * MIB
+    limits = sizes(llava, None, 1.0)
+    # 256 captions with the smaller steps that fit leave nothing for a cache; half of it all does.
+    assert (limits.max_num_seqs, limits.max_batch_tokens, limits.vision_batch) == (128, 1024, 8)
+    with pytest.raises(UsageError, match="no GPU memory is left for the KV cache"):
+        sizes(llava, 256, 1.0)
+
+
 def test_a_card_too_small_for_any_batch_is_one_line(
     card: FakeCard, llava: NativeCaptioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
