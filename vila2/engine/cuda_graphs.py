@@ -217,6 +217,12 @@ def _capture(advance: Callable[[], None], pool: Any) -> tuple[Callable[[], None]
         advance()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        advance()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            advance()
+    except RuntimeError as error:
+        # A capture that memory ends cannot be closed either: say what came first.
+        if isinstance(error.__context__, torch.OutOfMemoryError):
+            raise error.__context__ from None
+        raise
     return graph.replay, graph.pool()

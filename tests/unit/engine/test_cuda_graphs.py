@@ -1,8 +1,11 @@
 """Bursts of decoding: the same tokens as step by step, whatever ends in the middle of one. Without a GPU no graphs."""
 
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.checkpoints import write_llava
 from tests.unit.engine.engines import engine_requests, photo, with_limits
@@ -63,6 +66,62 @@ def test_a_full_pool_bursts_by_single_steps(llava):
     assert captions(with_limits(llava, **sizes, burst=6), samplings) == captions(
         with_limits(llava, **sizes), samplings
     )
+
+
+class FakeStream:
+    def wait_stream(self, other: "FakeStream") -> None:
+        assert isinstance(other, FakeStream)
+
+
+def as_on_cuda(monkeypatch, memory: int) -> list[tuple[str, object]]:
+    """torch.cuda's names as `_capture` calls them; in a capture there is memory for `memory` steps."""
+    told: list[tuple[str, object]] = []
+
+    @contextmanager
+    def graph(made, pool):
+        told.append(("capture", pool))
+        try:
+            if len([what for what, _ in told if what == "capture"]) > memory:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield
+        except torch.OutOfMemoryError:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904 - as torch does
+
+    fakes = {
+        "Stream": FakeStream,
+        "current_stream": FakeStream,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(
+            replay=lambda: told.append(("replay", None)), pool=lambda: "pool"
+        ),
+        "graph": graph,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return told
+
+
+def test_every_size_is_captured_into_the_memory_of_the_largest(llava, monkeypatch):
+    engine = with_limits(llava, max_num_seqs=5, burst=3, group_prefixes=True).engine
+    bursts = engine.ahead.bursts
+    sizes = []
+    monkeypatch.setattr(type(bursts), "_advance", lambda self, size, grouped: sizes.append((size, grouped)))
+    told = as_on_cuda(monkeypatch, memory=100)
+    engine.runner.device = SimpleNamespace(type="cuda")
+    bursts.warm_up()
+    assert sorted(bursts._graphs) == [(size, grouped) for size in (1, 2, 4, 5) for grouped in (False, True)]
+    assert sizes[::2] == [(size, grouped) for size in (5, 4, 2, 1) for grouped in (False, True)]
+    assert sizes[::2] == sizes[1::2]  # each runs once before it is captured
+    assert [pool for _, pool in told] == [None] + 7 * ["pool"]
+
+
+def test_a_capture_that_memory_ends_says_so(llava, monkeypatch):
+    engine = with_limits(llava, max_num_seqs=2, burst=3).engine
+    as_on_cuda(monkeypatch, memory=1)
+    monkeypatch.setattr(type(engine.ahead.bursts), "_advance", lambda *more: None)
+    engine.runner.device = SimpleNamespace(type="cuda")
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        engine.ahead.bursts.warm_up()
 
 
 def test_padded_sizes():
