@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", type=Path, nargs="?", default=Path("runs/nano"))
     parser.add_argument("--scenes", type=int, default=1000)
-    parser.add_argument("--device", default="2 cores of an AMD EPYC, no GPU", help="what it was trained on")
+    parser.add_argument("--device", default="one core of an AMD EPYC, no GPU", help="what it was trained on")
     parser.add_argument("--notes", default="", help="what else a reader of the card must know")
     parser.add_argument("--into", type=Path, default=CHECKPOINTS, help="the folder of both [the package's]")
     args = parser.parse_args()
