@@ -1,6 +1,6 @@
 """Captions a second through `vila2-fast serve` on this machine, against the same engine in process.
 
-    python bench/bench_serve.py [--images 400] [--rounds 5] [--no-row]
+    python bench/bench_serve.py [--images 1200] [--rounds 5] [--no-row]
 
 nano, on scenes of its world as JPEGs of 128 px, with the command's own settings: both sides read, decode, caption and
 write parts. One process has the engine and one a server of the same batch size, which a third asks by --backend http.
@@ -59,7 +59,7 @@ class ServeProcess:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="nano")
-    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--images", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64, help="captions written at once")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-row", action="store_true", help="print only; leave bench/results alone")

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from queue import Empty, SimpleQueue
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ MIN_IN_LINE = (
 )
 IDLE_S = 0.01  # how long to wait for an answer before asking the source again
 FULL_S = 0.1  # the same while nothing more may be sent: only an answer changes that
+GATHER_S = 0.04  # while requests are in line: answers are taken together, for each wake-up costs a warm cache
 _TOO_LONG = re.compile(r"context|too long|too many tokens|max_model_len|maximum.{0,20}length", re.IGNORECASE)
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "repetition": FinishReason.REPETITION}
 
@@ -136,8 +138,15 @@ class HttpCaptioner:
         future.add_done_callback(lambda _: finished.put(request.id))
         return None
 
+    def _has_line(self) -> bool:
+        """Do enough requests wait for a place at a server that it finds its next for a while?"""
+        fleet = self.client.fleet
+        return len(self._under_way) - fleet.in_flight >= max(MIN_IN_LINE, fleet.room // 4)
+
     def _collect(self, wait_s: float) -> Iterator[Caption]:
         """The captions that are there, after a moment's wait for the first."""
+        if self._has_line():
+            sleep(GATHER_S)
         take: Callable[[], int] = partial(self._finished.get, timeout=wait_s)
         while True:
             try:
