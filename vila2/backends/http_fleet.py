@@ -180,6 +180,12 @@ class Fleet:
         limits = sum(server.limit.value for server in self.servers if not server.tripped)
         return min(self.settings.max_in_flight, limits)
 
+    @property
+    def latency_s(self) -> float:
+        """What an answer took in the mean; 0 before the first."""
+        answers = sum(server.num_answers for server in self.servers)
+        return self.server_s / answers if answers else 0.0
+
     async def ask(self, body: bytes, home: Hashable = None) -> ChatReply:
         """Post one chat completion until it is answered.
 
