@@ -230,7 +230,9 @@ class Fleet:
             await transport.aclose()
 
     def _headers(self, server: Server) -> dict[str, str]:
-        return {"user-agent": _USER_AGENT, **self.secret.headers, **login(server.url)}
+        # httpx unpacks what comes: it must not be asked for in a way that only aiohttp knows.
+        basic = {"user-agent": _USER_AGENT, "accept": "application/json", "accept-encoding": "gzip, deflate"}
+        return {**basic, **self.secret.headers, **login(server.url)}
 
     def _open(self, server: Server) -> httpx.AsyncBaseTransport:
         """What carries a server's requests; those without a proxy share one."""

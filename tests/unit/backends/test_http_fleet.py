@@ -59,6 +59,8 @@ def test_a_proxy_of_the_environment_is_used_but_not_for_names_that_it_leaves_out
         with client_of(server) as client:
             assert client.submit(body(1)).result(60).text == "n1"
         assert server.asked[1].path == "/v1/chat/completions"
+    # What only one of the two libraries below can unpack must not be asked for.
+    assert {asked.headers["accept-encoding"] for asked in server.asked} == {"gzip, deflate"}
 
 
 # ---- balance ----
