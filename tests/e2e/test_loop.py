@@ -237,8 +237,9 @@ def test_steps_that_a_launcher_starts_come_to_the_same(run: Run, reference: Run)
     template = '"{python} -m vila2.cli {arguments}"'
     sets = [f"launch.{kind}.command={template}" for kind in ("train", "recaption", "evaluate")]
     sets.append("launch.recaption.processes=2")
-    done = run.loop(*(word for text in sets for word in ("--set", text)), "--until", "round-1/recaption")
-    assert done.code == 0, done.stderr
+    for step in ("round-0/evaluate", "round-1/recaption"):
+        done = run.loop(*(word for text in sets for word in ("--set", text)), "--until", step)
+        assert done.code == 0, done.stderr
     ends, expected = run.ends(), reference.ends()
     assert {"train", "evaluate", "recaption"} <= {name.rpartition("/")[2] for name in ends}
     assert ends == {name: expected[name] for name in ends}

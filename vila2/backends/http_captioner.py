@@ -142,7 +142,7 @@ class HttpCaptioner:
         """Do enough requests wait for a place that the servers find their next for a while, by how fast they are?"""
         fleet = self.client.fleet
         in_line, in_flight = len(self._under_way) - fleet.in_flight, fleet.in_flight
-        return in_flight > 0 and in_line * fleet.latency_s >= 2 * GATHER_S * in_flight
+        return in_flight > 0 and in_line * fleet.latency_s >= 5 * GATHER_S * in_flight
 
     def _collect(self, wait_s: float) -> Iterator[Caption]:
         """The captions that are there, after a moment's wait for the first."""
