@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT / "bench"))
 import gpu_check  # noqa: E402 - beside the script
 
 # What the GPU image has beside Python's own; pillow comes with torchvision. No vila2 is installed there.
-IMAGE = ("torch", "triton", "transformers", "numpy", "pillow", "pybind11", "scikit-build-core")
+# torch looks for optree in the list of packages and then imports it: DALI, where it is installed beside us, brings it.
+IMAGE = ("torch", "triton", "transformers", "numpy", "pillow", "pybind11", "scikit-build-core", "optree")
 
 # What our own modules may take of it; pydantic and click come with transformers today, and need not tomorrow.
 OURS_MAY = ("torch", "torchvision", "triton", "transformers", "safetensors", "numpy", "PIL", "vila2")
