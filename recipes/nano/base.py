@@ -1,12 +1,15 @@
-"""The base parts of nano, in one command: `python recipes/nano/base.py` (about an hour on one core).
+"""The base parts of nano, in one command: `python recipes/nano/base.py` (about an hour and a half on one core).
 
-Three steps, each skipped when its output is there: a tokenizer, a tower from images and alt-texts, a decoder from the
-world's texts. What comes out, `runs/nano/base`, is a VILA checkpoint with a fresh projector; recipes/nano/nano.toml
-goes on from it. Neither part has seen a label of the instruction or held-out splits.
+Three steps, each skipped when its output is there: a tokenizer, a tower from images, first with alt-texts and then with
+what stands where in them, a decoder from the world's texts. What comes out, `runs/nano/base`, is a VILA checkpoint with
+a fresh projector; recipes/nano/nano.toml goes on from it. Neither part has seen a label of the instruction or held-out
+splits.
 """
 
 import argparse
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,7 +22,8 @@ from vila2.model.tokenizer import load_tokenizer
 from vila2.model.vila_writer import save_vila
 from vila2.model.vision import VisionConfig
 from vila2.model.vlm import ModelConfig, VisionLanguageModel
-from vila2.train.tower import TowerSettings, fresh_tower, train_tower, write_figures
+from vila2.train.located import LocatedSettings, locate_tower
+from vila2.train.tower import TowerSettings, fresh_tower, train_tower
 
 HERE = Path(__file__).resolve().parent
 VISION = VisionConfig("siglip", 120, 12, 192, 768, 6, 6, "gelu_pytorch_tanh", 1e-6, -1, "cls_patch")
@@ -42,17 +46,23 @@ def model_config(vocab_size: int) -> ModelConfig:
     return ModelConfig(VISION, projector, decoder, "resize", VISION.image_size, token_newline=True)
 
 
-def make_tower(out: Path, tokenizer: Path, steps: int, seed: int) -> None:
+def make_tower(out: Path, tokenizer: Path, alt_steps: int, located_steps: int, seed: int) -> None:
     """A VILA checkpoint whose tower is trained and whose decoder is a fresh one."""
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+
     tower = fresh_tower(VISION, seed)
-    settings = TowerSettings(steps=steps, seed=seed)
-    figures = train_tower(tower, tokenizer, settings, lambda line: print(line, flush=True))
+    alt = TowerSettings(steps=alt_steps, seed=seed)
+    located = LocatedSettings(steps=located_steps, seed=seed)
+    figures = {"alt_texts": asdict(alt) | train_tower(tower, tokenizer, alt, report)}
+    figures["located"] = asdict(located) | locate_tower(tower, located, report)
     torch.manual_seed(seed)
     config = model_config(len(load_tokenizer(tokenizer)))
     model = VisionLanguageModel.from_config(config)
     model.vision.load_state_dict(tower.state_dict())
     save_vila(out, model, tokenizer, config)
-    write_figures(out / "tower.json", settings, figures)
+    (out / "tower.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def make_decoder(out: Path, parts: Path, steps: int | None, threads: int) -> None:
@@ -69,7 +79,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/nano"))
     parser.add_argument("--vocabulary-scenes", type=int, default=6000)
-    parser.add_argument("--tower-steps", type=int, default=800)
+    parser.add_argument("--tower-steps", type=int, default=600, help="on alt-texts, of 128 images")
+    parser.add_argument("--located-steps", type=int, default=2000, help="on what stands where, of 64 images")
     parser.add_argument("--decoder-steps", type=int, help="[those of decoder.toml]")
     parser.add_argument("--seed", type=int, default=0, help="of the tower")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -79,7 +90,7 @@ def main() -> None:
     if not (tokenizer / "tokenizer_config.json").is_file():
         write_tokenizer(tokenizer, args.vocabulary_scenes)
     if not (tower / "tower.json").is_file():
-        make_tower(tower, tokenizer, args.tower_steps, args.seed)
+        make_tower(tower, tokenizer, args.tower_steps, args.located_steps, args.seed)
     make_decoder(args.out / "decoder", args.out, args.decoder_steps, args.threads)
     if not base.exists():
         base.symlink_to(Path("decoder", "01-decoder", "checkpoint"))

@@ -1,16 +1,19 @@
 """The base parts of a small model of a small world: `python recipes/small/base.py --out runs/small`.
 
-Three steps, each skipped when its output is there: a tokenizer, a tower from images and noisy alt-texts, a decoder
-from texts alone. What comes out, `OUT/base`, is a VILA checkpoint with a fresh projector. Neither part has seen a
-caption, an answer or a box of an image, nor a scene of the instruction, dev or held-out splits.
+Three steps, each skipped when its output is there: a tokenizer, a tower from images and what stands where in them, a
+decoder from texts alone. What comes out, `OUT/base`, is a VILA checkpoint with a fresh projector. The tower has seen
+names, words and boxes of scenes that no loop captions, and neither part a caption or an answer about an image, nor a
+scene of the instruction, dev or held-out splits.
 
 Its world has the names of a few themes and a few words on signs, so that a training takes minutes on a core. The loops
 in recipes/ that use it name the same themes and the same image size.
 """
 
 import argparse
+import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,11 @@ from vila2.model.vila_writer import save_vila
 from vila2.model.vision import VisionConfig
 from vila2.model.vlm import ModelConfig, VisionLanguageModel
 from vila2.recaption.interrupt import Interrupts
+from vila2.train.located import LocatedSettings, locate_tower
 from vila2.train.mixture import derived_seed
 from vila2.train.recipe import Recipe
 from vila2.train.start import fresh_weights
-from vila2.train.tower import TowerSettings, fresh_tower, train_tower, write_figures
+from vila2.train.tower import fresh_tower
 from vila2.train.trainer import Trainer
 from vila2.train.vocabulary import world_corpus, write_vocabulary
 from vila2.world import World, WorldSettings
@@ -58,17 +62,18 @@ def model_config(side: int, width: int, layers: int, vocab_size: int) -> ModelCo
     )
 
 
-def make_tower(out: Path, config: ModelConfig, tokenizer: Path, settings: TowerSettings) -> None:
+def make_tower(out: Path, config: ModelConfig, tokenizer: Path, settings: LocatedSettings) -> None:
     """A VILA checkpoint whose tower is trained and whose decoder is a fresh one."""
     tower = fresh_tower(config.vision, settings.seed)
-    figures = train_tower(tower, tokenizer, settings, lambda line: print(line, flush=True))
+    figures = locate_tower(tower, settings, lambda line: print(line, flush=True))
     model = VisionLanguageModel.from_config(config)
     model.vision.load_state_dict(tower.state_dict())
     # Not as torch draws them: a head tied to embeddings of size one begins with a loss of a hundred.
     for name, part in (("projector", model.projector), ("decoder", model.decoder)):
         fresh_weights(part, derived_seed(settings.seed, name), config.decoder.num_layers)
     save_vila(out, model, tokenizer, config)
-    write_figures(out / "tower.json", settings, figures)
+    figures = asdict(settings) | figures
+    (out / "tower.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def make_decoder(out: Path, base: Path, world: WorldSettings, steps: int, seed: int, threads: int) -> bool:
@@ -112,7 +117,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=160, help=f"a multiple of {HEAD}")
     parser.add_argument("--layers", type=int, default=4, help="of the tower")
     parser.add_argument("--tokens", type=int, default=768)
-    parser.add_argument("--tower-steps", type=int, default=700)
+    parser.add_argument("--tower-steps", type=int, default=1600, help="of 64 images each")
     parser.add_argument("--decoder-steps", type=int, default=900, help="of 24 scenes each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -125,12 +130,9 @@ def main() -> None:
         write_vocabulary(tokenizer, corpus, args.tokens, context=CONTEXT)
     if not (tower / "tower.json").is_file():
         config = model_config(args.image_size, args.width, args.layers, len(load_tokenizer(tokenizer)))
-        kept = (args.image_size // PATCH) ** 2 * 3 // 8
-        settings = TowerSettings(
+        settings = LocatedSettings(
             steps=args.tower_steps,
-            batch=96,
-            keep=kept,
-            sign=0.3,
+            keep=(args.image_size // PATCH) ** 2 // 2,
             seed=args.seed,
             themes=world.themes,
             sign_words=world.sign_words,

@@ -35,7 +35,18 @@ def test_from_nothing_to_the_folder_that_ships(
     run, package = tmp_path / "run", tmp_path / "package"
     monkeypatch.setattr(tower, "_PROBE", 8)
     monkeypatch.setattr(tower, "_COUNTED", 64)
-    few = ("--vocabulary-scenes", "40", "--tower-steps", "2", "--decoder-steps", "2", "--threads", "1")
+    few = (
+        "--vocabulary-scenes",
+        "40",
+        "--tower-steps",
+        "2",
+        "--located-steps",
+        "2",
+        "--decoder-steps",
+        "2",
+        "--threads",
+        "1",
+    )
     script("base", "--out", run, *few)
     (trained,) = (run / "decoder").glob("*/checkpoint")
     assert (run / "base").resolve() == trained.resolve()

@@ -22,10 +22,9 @@ from vila2.ops.linear import Linear
 from vila2.ops.patches import image_patches
 
 
-def lively_features(tower: VisionTower, tiles: Tensor, keep: int) -> Tensor:
-    """Features (N, keep, width) of the `keep` patches of each tile (N, S, S, 3) whose values vary most, in their order.
-
-    With every patch kept it is the forward pass of a SigLIP tower.
+def lively_features(tower: VisionTower, tiles: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Features (N, keep, width) of the `keep` patches of each tile (N, S, S, 3) whose values vary most, and their
+    numbers (N, keep), in order. With every patch kept it is the forward pass of a SigLIP tower.
     """
     config = tower.config
     dtype = tower.position_embedding.dtype
@@ -37,7 +36,7 @@ def lively_features(tower: VisionTower, tiles: Tensor, keep: int) -> Tensor:
     x = tower.patch_embedding(x) + tower.position_embedding[kept]
     for layer in tower.layers:
         x = layer(x)
-    return x
+    return x, kept
 
 
 _RARE = -6.0
@@ -66,9 +65,8 @@ class WordContrast(nn.Module):
 
     def logits(self, tiles: Tensor, words: Tensor, keep: int) -> Tensor:
         """Scores (images, words) of uint8 tiles (N, S, S, 3) and token ids (words,), from `keep` patches an image."""
-        patches = functional.normalize(
-            self.patch(self.norm(lively_features(self.vision, tiles, keep))), dim=-1
-        )
+        features, _ = lively_features(self.vision, tiles, keep)
+        patches = functional.normalize(self.patch(self.norm(features)), dim=-1)
         vectors = functional.normalize(self.word(words), dim=-1)
         similar = self.log_scale.exp() * (patches @ vectors.T)  # (images, patches, words)
         return similar.logsumexp(dim=1) - math.log(patches.shape[1]) + self.shift[words]

@@ -1,29 +1,24 @@
-"""The training loop of a contrastive tower (`vila2.train.contrastive`) on the world's images and alt-texts.
+"""The training of a contrastive tower (`vila2.train.contrastive`) on the world's images and alt-texts.
 
-It is the base that every round of self-augmentation starts from, so it sees what the web would give and no truth:
-scenes of the pretraining split with alt-texts that are short, and at times vague or wrong.
+It sees what the web would give and no truth: scenes of the pretraining split with alt-texts that are short, and at
+times vague or wrong.
 """
 
-import json
 import math
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vila2.errors import OutputError
 from vila2.model.tokenizer import load_tokenizer
 from vila2.model.vision import VisionConfig, VisionTower
 from vila2.train.contrastive import WordContrast
-from vila2.train.optim import ParamGroup, build_optimizer
-from vila2.world import AltNoise, Scene, World, WorldSettings, texts
-from vila2.world.lexicon import SIGN_WORDS
+from vila2.train.tower_loop import TowerRun, fit
+from vila2.world import AltNoise, Scene, World, texts
 
 _PROBE_KEEP = 50  # patches of a scene of up to five objects
 _PROBE = 512  # scenes of the dev split on which the tower names what it sees
@@ -31,28 +26,19 @@ _COUNTED = 4096  # alt-texts from which the odds of the words come
 _PLACE_STD = 0.7  # of positions: patches have half of it at first, and several times as much when trained
 
 
-@dataclass(frozen=True, slots=True)
-class TowerSettings:
-    """What a tower is trained with. `keep` patches of each image go through it, those that vary most.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TowerSettings(TowerRun):
+    """What a tower is trained with.
 
     Words that more than `common` of the alt-texts say ("photo", "of") tell nothing of an image and are left out.
     """
 
-    steps: int
     batch: int = 128
     keep: int = 40
     object_counts: tuple[float, ...] = (0.75, 0.25)  # pictures of one thing or two, as most on the web are
     sign: float = 0.5  # of the images
     alt_sign: float = 0.7  # of the alt-texts of images with a sign: they say its word
     common: float = 0.02
-    themes: tuple[str, ...] = ()  # of the world, as in WorldSettings
-    sign_words: int = len(SIGN_WORDS)
-    muon_lr: float = 8e-3
-    adamw_lr: float = 2e-3
-    warmup: int = 60
-    seed: int = 0
-    log_every: int = 50
-    probe_every: int = 200
 
 
 def fresh_tower(config: VisionConfig, seed: int) -> VisionTower:
@@ -92,13 +78,7 @@ def train_tower(
     torch.manual_seed(settings.seed + 1)
     tokenizer = load_tokenizer(tokenizer_folder)
     pair = WordContrast(tower, len(tokenizer))
-    optimizer = build_optimizer(_groups(pair, settings), "float32")
-    size = tower.config.image_size
-    usual = World(
-        WorldSettings(
-            image_size=size, seed=settings.seed, themes=settings.themes, sign_words=settings.sign_words
-        )
-    )
+    usual = World(settings.world(tower.config.image_size))
     world = World(
         replace(
             usual.settings,
@@ -121,31 +101,19 @@ def train_tower(
         tiles = torch.from_numpy(np.stack([world.render(scene) for scene in scenes]))
         return tiles, [[word for word in words(scene) if word not in common] for scene in scenes]
 
-    started, loss_sum = time.perf_counter(), 0.0
-    for step, (tiles, alts) in enumerate(_ahead(batch, settings.steps)):
-        loss = pair(tiles, alts, settings.keep)
-        if not torch.isfinite(loss):
-            raise OutputError(f"the tower's loss is {loss.item()} at step {step}: lower its learning rates")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.clip_grad_norm(1.0)
-        optimizer.step(_scale(step, settings))
-        loss_sum += loss.item()
-        if (step + 1) % settings.log_every == 0:
-            seconds = time.perf_counter() - started
-            rate = (step + 1) * settings.batch / seconds
-            report(
-                f"step {step + 1}/{settings.steps} loss {loss_sum / settings.log_every:.4f} {rate:.1f} images/s"
-            )
-            loss_sum = 0.0
-        if (step + 1) % settings.probe_every == 0 and step + 1 < settings.steps:
-            report(f"names found {name_recall(pair, usual, tokenizer.encode):.3f}")
-    recall = name_recall(pair, usual, tokenizer.encode)
-    return {
-        "images": float(settings.steps * settings.batch),
-        "seconds": time.perf_counter() - started,
-        "name_recall": recall,
-    }
+    def recall() -> float:
+        return name_recall(pair, usual, tokenizer.encode)
+
+    seconds = fit(
+        pair,
+        tower.config.width,
+        settings,
+        batch,
+        lambda made: pair(*made, settings.keep),
+        lambda: f"names found {recall():.3f}",
+        report,
+    )
+    return {"images": float(settings.steps * settings.batch), "seconds": seconds, "name_recall": recall()}
 
 
 @torch.no_grad()
@@ -168,41 +136,3 @@ def name_recall(pair: WordContrast, world: World, encode: Callable[[str], list[i
             found += len(there & {names[index] for index in ranked[: len(there)]})
             total += len(there)
     return found / total
-
-
-def _groups(pair: WordContrast, settings: TowerSettings) -> list[ParamGroup]:
-    named = list(pair.named_parameters())
-    width = pair.vision.config.width
-    blocks = {name: (width,) * 3 for name, _ in named if name.endswith("qkv.weight")}
-    vision = [item for item in named if item[0].startswith("vision.")]
-    heads = [item for item in named if not item[0].startswith("vision.")]
-    return [
-        ParamGroup(
-            "vision", vision, settings.muon_lr, 0.0, "muon", adamw_lr=settings.adamw_lr, blocks=blocks
-        ),
-        ParamGroup("heads", heads, settings.adamw_lr, 0.0, "adamw"),
-    ]
-
-
-def _scale(step: int, settings: TowerSettings) -> float:
-    """Warm-up, then down to a tenth in a straight line over the last half."""
-    left = (settings.steps - step) / settings.steps
-    return min(1.0, (step + 1) / settings.warmup, max(0.1, 2 * left))
-
-
-def _ahead(
-    make: Callable[[int], tuple[Tensor, list[list[int]]]], count: int
-) -> Iterator[tuple[Tensor, list[list[int]]]]:
-    """The batches in order, each made by another thread while the one before it is used."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(make, 0)
-        for step in range(count):
-            batch = coming.result()
-            if step + 1 < count:
-                coming = pool.submit(make, step + 1)
-            yield batch
-
-
-def write_figures(path: Path, settings: TowerSettings, figures: dict[str, float]) -> None:
-    """Settings and figures as JSON."""
-    path.write_text(json.dumps({"settings": asdict(settings)} | figures, indent=2) + "\n", encoding="utf-8")

@@ -39,7 +39,7 @@ def tiles(count: int, seed: int = 0) -> Tensor:
 
 def test_all_patches_kept_is_the_tower_itself() -> None:
     tower = fresh_tower(CONFIG, 0)
-    torch.testing.assert_close(lively_features(tower, tiles(3), 99), tower(tiles(3)))
+    torch.testing.assert_close(lively_features(tower, tiles(3), 99)[0], tower(tiles(3)))
 
 
 def test_the_patches_that_vary_most_are_kept_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,14 +53,17 @@ def test_the_patches_that_vary_most_are_kept_in_their_order(monkeypatch: pytest.
         monkeypatch.setattr(layer, "forward", lambda x: x)
     patches = image_patches(images, 12, (0.5,) * 3, (0.5,) * 3, torch.float32)
     embedded = tower.patch_embedding(patches) + tower.position_embedding
-    torch.testing.assert_close(lively_features(tower, images, 3), embedded[:, sorted(lively)])
+    features, kept = lively_features(tower, images, 3)
+    assert kept.tolist() == [sorted(lively)]
+    torch.testing.assert_close(features, embedded[:, sorted(lively)])
 
 
 def test_the_loss_asks_of_every_image_and_word() -> None:
     torch.manual_seed(0)
     pair = WordContrast(fresh_tower(CONFIG, 0), vocab_size=9, size=8)
     texts = [[1, 4, 4], [4, 7], [2]]
-    patches = functional.normalize(pair.patch(pair.norm(lively_features(pair.vision, tiles(3), 5))), dim=-1)
+    features, _ = lively_features(pair.vision, tiles(3), 5)
+    patches = functional.normalize(pair.patch(pair.norm(features)), dim=-1)
     total = torch.zeros(())
     for image, text in zip(patches, texts, strict=True):
         for word in (1, 2, 4, 7):
