@@ -114,6 +114,22 @@ def card(run: Path, found: dict[str, Evaluation], device: str, notes: str) -> st
     return (HERE / "card.md").read_text(encoding="utf-8").format(**values)
 
 
+def base_card(run: Path) -> str:
+    """The card of the base parts, with how the tower was made."""
+    tower = json.loads((run / "tower" / "tower.json").read_text(encoding="utf-8"))
+    alt, located = tower["alt_texts"], tower["located"]
+    values = {
+        "alt_steps": alt["steps"],
+        "alt_batch": alt["batch"],
+        "names": alt["name_recall"],
+        "located_steps": located["steps"],
+        "located_batch": located["batch"],
+        "patches": located["patches_named"],
+        "signs": located["signs_read"],
+    }
+    return (HERE / "card-base.md").read_text(encoding="utf-8").format(**values)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", type=Path, nargs="?", default=Path("runs/nano"))
@@ -130,7 +146,7 @@ def main() -> None:
     summaries = {style: evaluation.summary() for style, evaluation in found.items()}
     (nano / "figures.json").write_text(json.dumps(summaries, indent=1) + "\n", encoding="utf-8")
     (nano / "README.md").write_text(card(args.run, found, args.device, args.notes), encoding="utf-8")
-    shutil.copyfile(HERE / "card-base.md", base / "README.md")
+    (base / "README.md").write_text(base_card(args.run), encoding="utf-8")
     print(f"{size:.1f} MB -> {nano}, {base}")
 
 

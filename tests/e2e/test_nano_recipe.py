@@ -8,7 +8,7 @@ import pytest
 
 from vila2.cli.main import main as vila2_fast
 from vila2.model.checkpoint import inspect_checkpoint
-from vila2.train import tower
+from vila2.train import located, tower
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "nano"
 
@@ -34,6 +34,7 @@ def test_from_nothing_to_the_folder_that_ships(
 ) -> None:
     run, package = tmp_path / "run", tmp_path / "package"
     monkeypatch.setattr(tower, "_PROBE", 8)
+    monkeypatch.setattr(located, "_PROBE", 8)
     monkeypatch.setattr(tower, "_COUNTED", 64)
     few = (
         "--vocabulary-scenes",
@@ -61,6 +62,10 @@ def test_from_nothing_to_the_folder_that_ships(
     shipped = inspect_checkpoint(package / "nano")
     assert set(shipped.dtypes) == {"BF16"}
     assert shipped.num_parameters == inspect_checkpoint(package / "nano-base").num_parameters
+    assert (
+        "Then (`vila2/train/located.py`) 2 steps of 64 images"
+        in (package / "nano-base" / "README.md").read_text()
+    )
     assert "| sft | vision, projector, decoder | 2 | 4 |" in (package / "nano" / "README.md").read_text()
 
     script("compare", run, "--scenes", "2", "--card", package / "nano" / "figures.json")
