@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="of the tower")
     parser.add_argument("--tokens", type=int, default=768)
     parser.add_argument("--tower-steps", type=int, default=1600, help="of 64 images each")
-    parser.add_argument("--decoder-steps", type=int, default=900, help="of 24 scenes each")
+    parser.add_argument("--decoder-steps", type=int, default=1500, help="of 24 scenes each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
