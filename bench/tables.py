@@ -155,6 +155,13 @@ COLUMNS = {
         "scenes_per_cpu_s": "scenes per CPU-second",
         "slowest": "slowest round",
     },
+    "loop_estimate": {
+        "recipe": "recipe",
+        "of": "of",
+        "estimated": "estimated, s",
+        "was": "was, s",
+        "times": "estimate, times",
+    },
     "crossovers": {
         "precision": "precision",
         "product": "product",
@@ -201,6 +208,7 @@ ONE_RUN = {
     "crossovers",
     "decode",
     "gpu",
+    "loop_estimate",
     "peers",
     "serve",
     "speculative",
