@@ -63,6 +63,7 @@ class RunFolder:
         Stages that have not begun may be changed, added or taken away.
         """
         path = self.root / RECIPE_FILE
+        deciding = json.loads(json.dumps(deciding))  # as it will be read again: a tuple is a list
         begun = [self.has_begun(index) for index in range(len(self.recipe.stage))]
         recorded = self._read(path)
         if recorded is not None and self._recorded_stages_begun(recorded):
