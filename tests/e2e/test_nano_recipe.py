@@ -53,7 +53,7 @@ def test_from_nothing_to_the_folder_that_ships(
     assert (run / "base").resolve() == trained.resolve()
 
     settings = [f"base={run / 'base'}", "threads=1"]
-    for stage in ("align", "pretrain", "sft"):
+    for stage in ("align", "pretrain", "sft", "questions"):
         settings += [f"stage.{stage}.steps=2", f"stage.{stage}.batch_examples=2"]
     words = [word for setting in settings for word in ("--set", setting)]
     assert vila2_fast(["train", str(RECIPES / "nano.toml"), "--out", str(run / "train"), *words]) == 0
@@ -66,7 +66,7 @@ def test_from_nothing_to_the_folder_that_ships(
         "Then (`vila2/train/located.py`) 2 steps of 64 images"
         in (package / "nano-base" / "README.md").read_text()
     )
-    assert "| sft | vision, projector, decoder | 2 | 4 |" in (package / "nano" / "README.md").read_text()
+    assert "| questions | vision, projector, decoder | 2 | 4 |" in (package / "nano" / "README.md").read_text()
 
     script("compare", run, "--scenes", "2", "--card", package / "nano" / "figures.json")
     told = capsys.readouterr().out
