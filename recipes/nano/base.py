@@ -1,4 +1,4 @@
-"""The base parts of nano, in one command: `python recipes/nano/base.py` (about an hour and a half on one core).
+"""The base parts of nano, in one command: `python recipes/nano/base.py` (somewhat less than two hours on one core).
 
 Three steps, each skipped when its output is there: a tokenizer, a tower from images, first with alt-texts and then with
 what stands where in them, a decoder from the world's texts. What comes out, `runs/nano/base`, is a VILA checkpoint with
@@ -69,7 +69,7 @@ def make_decoder(out: Path, parts: Path, steps: int | None, threads: int) -> Non
     """Runs decoder.toml on the tokenizer and the tower in `parts`. SystemExit if that fails."""
     settings = [f"model.vision.weights={parts / 'tower'}", f"model.tokenizer={parts / 'tokenizer'}"]
     if steps is not None:
-        settings.append(f"stage.decoder.steps={steps}")
+        settings += [f"stage.{stage}.steps={steps}" for stage in ("decoder", "places")]
     arguments = ["train", str(HERE / "decoder.toml"), "--out", str(out), "--threads", str(threads)]
     if code := vila2_fast([*arguments, *(word for setting in settings for word in ("--set", setting))]):
         raise SystemExit(code)
@@ -79,9 +79,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/nano"))
     parser.add_argument("--vocabulary-scenes", type=int, default=6000)
-    parser.add_argument("--tower-steps", type=int, default=600, help="on alt-texts, of 128 images")
+    parser.add_argument("--tower-steps", type=int, default=300, help="on alt-texts, of 128 images")
     parser.add_argument("--located-steps", type=int, default=2000, help="on what stands where, of 64 images")
-    parser.add_argument("--decoder-steps", type=int, help="[those of decoder.toml]")
+    parser.add_argument("--decoder-steps", type=int, help="in each of its stages [those of decoder.toml]")
     parser.add_argument("--seed", type=int, default=0, help="of the tower")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
@@ -93,7 +93,7 @@ def main() -> None:
         make_tower(tower, tokenizer, args.tower_steps, args.located_steps, args.seed)
     make_decoder(args.out / "decoder", args.out, args.decoder_steps, args.threads)
     if not base.exists():
-        base.symlink_to(Path("decoder", "01-decoder", "checkpoint"))
+        base.symlink_to(Path("decoder", "02-places", "checkpoint"))
     print(f"the base parts -> {base}")
 
 
