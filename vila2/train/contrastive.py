@@ -20,6 +20,7 @@ from torch.nn import functional
 from vila2.model.vision import LayerNorm, VisionTower
 from vila2.ops.linear import Linear
 from vila2.ops.patches import image_patches
+from vila2.train.tower_loop import TowerPair
 
 
 def lively_features(tower: VisionTower, tiles: Tensor, keep: int) -> tuple[Tensor, Tensor]:
@@ -42,15 +43,14 @@ def lively_features(tower: VisionTower, tiles: Tensor, keep: int) -> tuple[Tenso
 _RARE = -6.0
 
 
-class WordContrast(nn.Module):
+class WordContrast(TowerPair):
     """Tower, a head for its patches, a vector and a shift for each word, and the scale of their similarity.
 
     A word is a token. The shifts start at the odds of a rare word, or of each word (`start_shifts`).
     """
 
     def __init__(self, vision: VisionTower, vocab_size: int, size: int = 128) -> None:
-        super().__init__()
-        self.vision = vision
+        super().__init__(vision)
         self.norm = LayerNorm(vision.config.width)
         self.patch = Linear(vision.config.width, size)
         self.word = nn.Embedding(vocab_size, size)

@@ -17,7 +17,7 @@ from torch.nn import functional
 from vila2.model.vision import LayerNorm, VisionTower
 from vila2.ops.linear import Linear
 from vila2.train.contrastive import lively_features
-from vila2.train.tower_loop import TowerRun, fit
+from vila2.train.tower_loop import TowerPair, TowerRun, fit
 from vila2.world import Scene, World
 from vila2.world.lexicon import SIGN_WORDS
 
@@ -64,15 +64,7 @@ def locate_tower(
         named, read = recall()
         return f"patches named {named:.3f}, signs read {read:.3f}"
 
-    seconds = fit(
-        pair,
-        tower.config.width,
-        settings,
-        batch,
-        lambda made: pair(*made, settings.keep),
-        probe,
-        report,
-    )
+    seconds = fit(pair, settings, batch, probe, report)
     named, read = recall()
     images = float(settings.steps * settings.batch)
     return {"images": images, "seconds": seconds, "patches_named": named, "signs_read": read}
@@ -112,13 +104,12 @@ def patch_truth(scene: Scene, side: int, labels: Labels) -> tuple[NDArray[np.int
     return shown.reshape(-1), boxes.reshape(-1, 4)
 
 
-class LocatedWords(nn.Module):
+class LocatedWords(TowerPair):
     """Tower and two heads for its patches: what a patch shows, and the box of it."""
 
     def __init__(self, vision: VisionTower, labels: int) -> None:
-        super().__init__()
+        super().__init__(vision)
         width = vision.config.width
-        self.vision = vision
         self.norm = LayerNorm(width)
         self.label = Linear(width, labels)
         self.box = Linear(width, 4)

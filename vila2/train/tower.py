@@ -104,15 +104,7 @@ def train_tower(
     def recall() -> float:
         return name_recall(pair, usual, tokenizer.encode)
 
-    seconds = fit(
-        pair,
-        tower.config.width,
-        settings,
-        batch,
-        lambda made: pair(*made, settings.keep),
-        lambda: f"names found {recall():.3f}",
-        report,
-    )
+    seconds = fit(pair, settings, batch, lambda: f"names found {recall():.3f}", report)
     return {"images": float(settings.steps * settings.batch), "seconds": seconds, "name_recall": recall()}
 
 

@@ -4,17 +4,17 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vila2.errors import OutputError
+from vila2.model.vision import VisionTower
 from vila2.train.optim import ParamGroup, build_optimizer
 from vila2.world import WorldSettings
 from vila2.world.lexicon import SIGN_WORDS
 
-Batch = TypeVar("Batch")
 _LEAST = 0.1  # of the learning rate, at the end
 
 
@@ -41,23 +41,29 @@ class TowerRun:
         )
 
 
+class TowerPair(nn.Module):
+    """A tower and what is trained with it; `forward(*batch, keep)` is the loss of a batch."""
+
+    def __init__(self, vision: VisionTower) -> None:
+        super().__init__()
+        self.vision = vision
+
+
 def fit(
-    pair: nn.Module,
-    width: int,
+    pair: TowerPair,
     run: TowerRun,
-    make: Callable[[int], Batch],
-    loss_of: Callable[[Batch], Tensor],
+    make: Callable[[int], tuple[Any, ...]],
     probe: Callable[[], str],
     report: Callable[[str], None],
 ) -> float:
-    """Train `pair`, a tower `vision` of this width and its heads, in place on the batches that `make(step)` gives.
+    """Train `pair` in place on the batches that `make(step)` gives; returns the seconds that it took.
 
-    Returns the seconds that it took. OutputError if the loss is no number any more.
+    OutputError if the loss is no number any more.
     """
-    optimizer = build_optimizer(_groups(pair, width, run), "float32")
+    optimizer = build_optimizer(_groups(pair, run), "float32")
     started, loss_sum = time.perf_counter(), 0.0
     for step, batch in enumerate(_ahead(make, run.steps)):
-        loss = loss_of(batch)
+        loss = pair(*batch, run.keep)
         if not torch.isfinite(loss):
             raise OutputError(f"the tower's loss is {loss.item()} at step {step}: lower its learning rates")
         optimizer.zero_grad()
@@ -74,9 +80,9 @@ def fit(
     return time.perf_counter() - started
 
 
-def _groups(pair: nn.Module, width: int, run: TowerRun) -> list[ParamGroup]:
+def _groups(pair: TowerPair, run: TowerRun) -> list[ParamGroup]:
     named = list(pair.named_parameters())
-    blocks = {name: (width,) * 3 for name, _ in named if name.endswith("qkv.weight")}
+    blocks = {name: (pair.vision.config.width,) * 3 for name, _ in named if name.endswith("qkv.weight")}
     vision = [item for item in named if item[0].startswith("vision.")]
     heads = [item for item in named if not item[0].startswith("vision.")]
     return [
@@ -91,7 +97,7 @@ def _scale(step: int, run: TowerRun) -> float:
     return min(1.0, (step + 1) / run.warmup, max(_LEAST, 2 * left))
 
 
-def _ahead(make: Callable[[int], Batch], count: int) -> Iterator[Batch]:
+def _ahead(make: Callable[[int], tuple[Any, ...]], count: int) -> Iterator[tuple[Any, ...]]:
     """The batches in order, each made by another thread while the one before it is used."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(make, 0)

@@ -202,13 +202,13 @@ def test_nano_in_int8_says_what_float32_says(tmp_path):
         build_engine(
             NANO, tmp_path / f"{count}", "int8", threads=1, calibration=measured, samples=count
         ).quality
-        for count in (0, 8)
+        for count in (0, 16)
     )
     assert nearest is not None
     assert ours is not None
     assert ours["greedy_agreement"] >= 0.99
     assert ours["free_agreement"] >= 0.9
-    assert ours["next_token_kl"] < 2e-4
+    assert ours["next_token_kl"] < 1e-4
     assert ours["next_token_kl"] < nearest["next_token_kl"]
     assert 0 < ours["near_ties"] < 0.2
 
