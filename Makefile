@@ -32,7 +32,7 @@ MODEL := .cache/llava-small
 DEMO_OUT := demo_out
 EVAL := .venv-eval
 
-.PHONY: help install test test-eval lint format kernels cubins dali gpu-check demo nano bench bench-peers clean
+.PHONY: help install test test-eval test-isas lint format kernels cubins dali gpu-check demo nano bench bench-peers clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -94,6 +94,13 @@ $(EVAL)/.installed: $(VENV)/.installed
 
 test-eval: $(EVAL)/.installed ## lmms-eval itself drives the engine: one of its tasks, on local data
 	@OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest -q tests/lmms/check_lmms.py
+
+test-isas: $(VENV)/.installed ## the CPU kernels for AVX-512 and VNNI against their references, emulated with AVX2
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"; \
+		cmake -S . -B build/emulated -G Ninja -DCMAKE_BUILD_TYPE=Release -DVILA2_EMULATE=ON \
+			-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$(python -m pybind11 --cmakedir) >/dev/null; \
+		cmake --build build/emulated >/dev/null
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -q tests/native/emulated/check_ops.py
 
 kernels: $(VENV)/.installed ## every Triton kernel against its reference, in Triton's interpreter; no GPU needed
 	@TRITON_INTERPRET=1 VILA2_REQUIRE=triton $(BIN)/pytest -q tests/kernels --ignore tests/kernels/test_aot.py

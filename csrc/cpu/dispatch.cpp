@@ -73,6 +73,9 @@ const Kernels& choose() {
 Features features() {
 #if defined(VILA2_X86)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(VILA2_EMULATE)  // with AVX2
+  return {avx2, avx2, avx2, avx2, false, false};
+#endif
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl");
   return {avx2,

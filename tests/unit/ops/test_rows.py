@@ -175,7 +175,7 @@ def test_patches_of_anything_else_are_refused():
 @pytest.mark.skipif(native is None, reason="vila2._C is not built")
 def test_capabilities_and_threads():
     found = capabilities()
-    assert found.isa in ("scalar", "avx2", "avx512")
+    assert found.isa in ("scalar", "avx2", "avx2_vnni", "avx512", "avx512_vnni")
     assert found.fast_bf16 == (found.avx512_bf16 or found.amx_bf16)
     try:
         set_threads(3)
