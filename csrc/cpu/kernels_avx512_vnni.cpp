@@ -1,48 +1,5 @@
-// The avx512_vnni table: avx512 with products of bytes in one instruction. Everything here but the table has
-// internal linkage: a function that the linker could share with another file would be compiled for this
-// instruction set and might run on a CPU that lacks it.
-#include <immintrin.h>
-
-#include "cpu/kernels.h"
-#include "cpu/resize.h"
-#include "cpu/train.h"
-
-namespace vila2::cpu {
-namespace {
-
-// clang-format off: in the order of use
-#include "cpu/vec_avx512.inl"
-#include "cpu/math.inl"
-#include "cpu/rows.inl"
-#include "cpu/linear.inl"
-#include "cpu/attention.inl"
-#include "cpu/bytes.inl"
-#include "cpu/train_rows.inl"
-#include "cpu/train_attention.inl"
-#include "cpu/resize.inl"
-// clang-format on
-
-}  // namespace
-
-extern const Kernels kAvx512Vnni = {
-    "avx512_vnni",
-    kPanel,
-    kAttentionScratch,
-    kDepthBlock * kPanel,
-    pack,
-    linear,
-    rms_norm,
-    add_rms_norm,
-    layer_norm,
-    silu_mul,
-    gelu,
-    rope_store,
-    attention,
-    quantize,
-    byte_linear,
-    first_above,
-    &kTrain,
-    &kResize,
-};
-
-}  // namespace vila2::cpu
+// As avx512, with products of bytes in one instruction.
+#define VILA2_ISA "avx512_vnni"
+#define VILA2_TABLE kAvx512Vnni
+#define VILA2_VEC "cpu/vec_avx512.inl"
+#include "cpu/table.inl"

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 CAPTIONS = ("detailed", "brief", "spatial", "grounding", "ocr")
 TEXTS = ("alt", *CAPTIONS, "questions", "layout", "instruction")
-_OPTIONS = ("plain", "tasks", "per_image")
+_OPTIONS = ("plain", "tasks", "per_image", "related")
 _AGAIN = "Say this again."
 
 
 class WorldSource:
-    """`scenes` None: without end. `options`: `plain`, `tasks`, `per_image` (questions), and rates of the world."""
+    """`scenes` None: without end. `options`: `plain`, `related` (captions), `tasks`, `per_image` (questions), and rates
+    of the world."""
 
     def __init__(
         self,
@@ -40,6 +41,8 @@ class WorldSource:
         style: str = "fluent",
         options: Mapping[str, Any] | None = None,
     ) -> None:
+        from vila2.world import texts as known
+
         unknown = next((text for text in texts if text not in TEXTS), None)
         if unknown is not None:
             raise UsageError(
@@ -51,6 +54,9 @@ class WorldSource:
         self.name, self.length = name, scenes
         self.split, self.texts, self.start = split, tuple(texts), start
         self.plain = bool(options.pop("plain", False))
+        self.related = options.pop("related", "any")
+        if self.related not in known.RELATED:
+            raise UsageError(f"{name}: related is {self.related!r}, expected {' or '.join(known.RELATED)}")
         self.tasks = _names(options.pop("tasks", None))
         self.per_image: int | None = options.pop("per_image", None)
         self.world = _make_world(name, {"image_size": image_size, "seed": seed, "style": style, **options})
@@ -88,7 +94,7 @@ class WorldSource:
             if kind == "alt":
                 captions.append(texts.alt_text(scene, self.world.settings.alt).text)
             elif kind in CAPTIONS:
-                caption = texts.caption_for(scene, kind)
+                caption = texts.caption_for(scene, kind, self.related)
                 if self.plain:
                     captions.append(caption)
                 else:

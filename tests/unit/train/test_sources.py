@@ -345,5 +345,7 @@ def test_unknown_texts_and_options_of_the_world_name_the_nearest() -> None:
         open_train_source(entry(kind="world", texts=("detaild",)), "w")
     with pytest.raises(UsageError, match=r"no option 'per_imag'.*per_image"):
         open_train_source(entry(kind="world", texts=("alt",), options={"per_imag": 1}), "w")
+    with pytest.raises(UsageError, match="related is 'near', expected any or neighbours"):
+        open_train_source(entry(kind="world", texts=("spatial",), options={"related": "near"}), "w")
     with pytest.raises(UsageError, match="entry of their own"):
         open_train_source(entry(kind="world", texts=("alt", "instruction")), "w")

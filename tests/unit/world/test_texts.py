@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vila2.config import load_recipe
 from vila2.errors import UsageError
 from vila2.world import SPLITS, STYLES, AltNoise, Scene, World, WorldSettings, read_lexicon, texts
-from vila2.world.lexicon import COLORS, NUMBERS
+from vila2.world.lexicon import COLORS, NUMBERS, with_article
 from vila2.world.scene import PLACES, digits, place_of
 from vila2.world.texts import Question
 from vila2.world.texts.captions import RELATIONS
@@ -43,11 +43,12 @@ def test_captions_mention_what_is_there_and_nothing_else(kind: str, scene: Scene
     assert LEXICON.find(texts.caption_for(scene, kind)) == scene.counts()
 
 
+@pytest.mark.parametrize("related", texts.RELATED)
 @pytest.mark.parametrize("kind", ["detailed", "spatial"])
 @given(scene=scenes)
 @settings(max_examples=120, deadline=None)
-def test_captions_state_true_relations_places_and_colors(kind: str, scene: Scene) -> None:
-    sentences = texts.caption_for(scene, kind).rstrip(".").split(". ")
+def test_captions_state_true_relations_places_and_colors(kind: str, related: str, scene: Scene) -> None:
+    sentences = texts.caption_for(scene, kind, related).rstrip(".").split(". ")
     for name, count in scene.counts().items():
         group = [thing for thing in scene.objects if thing.name == name]
         form = LEXICON.plural(name, count)
@@ -60,6 +61,23 @@ def test_captions_state_true_relations_places_and_colors(kind: str, scene: Scene
             predicate = next(p for p, words in RELATIONS.items() if f" is {words} the " in sentence)
             subject, other = sentence.removeprefix("The ").split(f" is {RELATIONS[predicate]} the ")
             assert scene.holds(subject, predicate, other) is True, sentence
+
+
+def test_neighbours_are_related_in_the_order_in_which_they_are_named() -> None:
+    told = 0
+    for scene in some(300):
+        opening, *sentences = texts.caption_for(scene, "spatial", "neighbours").rstrip(".").split(". ")
+        places = []
+        for sentence in sentences:
+            if " is " in sentence:
+                words = next(words for words in RELATIONS.values() if f" is {words} the " in sentence)
+                pair = sentence.removeprefix("The ").split(f" is {words} the ")
+                places.append([opening.index(f" {with_article(name)} ") for name in pair])
+        turned = [pair if number % 2 == 0 else pair[::-1] for number, pair in enumerate(places)]
+        assert turned == sorted(turned)
+        assert all(first < second for first, second in turned)
+        told += len(places)
+    assert told > 200
 
 
 @given(scenes)

@@ -1,6 +1,7 @@
 """Captions that are true: what each of the named prompts asks for, from what is known of the scene."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from vila2.errors import UsageError
 from vila2.world.chance import Chance
@@ -45,20 +46,25 @@ PHRASES = {
 }
 RELATIONS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
+# Which relations a caption says: any of them, in any order and direction; or those of things that it names one after
+# the other, in that order, each first one way round and then the other. A small model that writes what is likeliest
+# cannot draw lots: from captions of the first kind it learns to relate a thing to itself.
+RELATED = ("any", "neighbours")
+
 _OPENINGS = ("The picture shows {}.", "There {be} {}.", "This is a picture of {}.", "We see {}.")
 _SIGNS = ('A {color} sign {place} reads "{word}".', 'A {color} sign {place} says "{word}".')
 _BACKGROUNDS = ("Behind this is {}.", "The setting is {}.")
 _WORDS = 45  # what a detailed caption tries not to exceed: it costs tokens
 
 
-def caption_for(scene: Scene, kind: str) -> str:
-    """The answer to CAPTION_PROMPTS[kind]."""
+def caption_for(scene: Scene, kind: str, related: str = "any") -> str:
+    """The answer to CAPTION_PROMPTS[kind]; `related` is one of RELATED."""
     if kind not in _MAKERS:
         raise UsageError(f"no caption of kind {kind!r}; there are {', '.join(_MAKERS)}")
-    return _MAKERS[kind](scene)
+    return _MAKERS[kind](scene, related)
 
 
-def detailed_caption(scene: Scene) -> str:
+def detailed_caption(scene: Scene, related: str = "any") -> str:
     """Every object with its count and place, most with colour, and the sign; then relations and the background while
     there is room in 45 words."""
     chance = Chance("detailed", scene.key)
@@ -68,7 +74,7 @@ def detailed_caption(scene: Scene) -> str:
     text = _opening(chance, groups, things)
     if scene.sign is not None:
         text += " " + _sign_sentence(scene, chance)
-    more = [_relation_sentence(relation) for relation in one_way(scene, chance)[:3]]
+    more = [_relation_sentence(relation) for relation in _said(scene, chance, related)[:3]]
     more.insert(chance.integer(2), _background_sentence(scene, chance))
     for sentence in more:
         if len(text.split()) + len(sentence.split()) <= _WORDS:
@@ -85,12 +91,12 @@ def brief_caption(scene: Scene) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def spatial_caption(scene: Scene) -> str:
+def spatial_caption(scene: Scene, related: str = "any") -> str:
     chance = Chance("spatial", scene.key)
     groups = grouped(scene)
     things = [_thing(group, color=False) + " " + _places(group) for group in groups]
     sentences = [_opening(chance, groups, things)]
-    sentences += [_relation_sentence(relation) for relation in one_way(scene, chance)[:4]]
+    sentences += [_relation_sentence(relation) for relation in _said(scene, chance, related)[:4]]
     if scene.sign is not None:
         sentences.append(_sign_sentence(scene, chance))
     return " ".join(sentences)
@@ -112,12 +118,12 @@ def ocr_caption(scene: Scene) -> str:
     return f'The sign {PHRASES[place_of(scene.sign.box)]} reads "{scene.sign.word}".'
 
 
-_MAKERS: dict[str, Callable[[Scene], str]] = {
+_MAKERS: dict[str, Callable[[Scene, str], str]] = {
     "detailed": detailed_caption,
-    "brief": brief_caption,
+    "brief": lambda scene, _: brief_caption(scene),
     "spatial": spatial_caption,
-    "grounding": grounding_caption,
-    "ocr": ocr_caption,
+    "grounding": lambda scene, _: grounding_caption(scene),
+    "ocr": lambda scene, _: ocr_caption(scene),
 }
 
 
@@ -164,6 +170,18 @@ def one_way(scene: Scene, chance: Chance) -> list[Relation]:
         else Relation(relation.object, OPPOSITE[relation.predicate], relation.subject)
         for relation in chance.shuffled(pairs)
     ]
+
+
+def neighbours(scene: Scene) -> list[Relation]:
+    """The relations of things that are named one after the other, in reading order; every other one turned round."""
+    known = {(relation.subject, relation.object): relation for relation in scene.relations()}
+    names = [group[0].name for group in grouped(scene) if len(group) == 1]
+    pairs = [pair for pair in pairwise(names) if pair in known]
+    return [known[pair[::-1] if number % 2 else pair] for number, pair in enumerate(pairs)]
+
+
+def _said(scene: Scene, chance: Chance, related: str) -> list[Relation]:
+    return one_way(scene, chance) if related == "any" else neighbours(scene)
 
 
 def _opening(chance: Chance, groups: list[list[Object]], things: list[str]) -> str:
