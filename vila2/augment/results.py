@@ -55,7 +55,8 @@ class Results:
     """Everything that a report shows, as JSON values. `metrics`: split -> metric -> model -> Figure."""
 
     out: str
-    seeds: list[int]
+    seeds: list[int]  # of which anything is measured
+    planned: int  # how many seeds the recipe has
     models: list[str]
     best: dict[str, int]  # seed -> its best round
     better: dict[str, str]  # metric -> higher, lower, or nothing
@@ -68,6 +69,12 @@ class Results:
     currency: str
     recipe: dict[str, Any]
     ledger: list[dict[str, Any]]
+
+    def say_seeds(self) -> str:
+        """`3 seeds`, or how far a run has come: `1 of 3 seeds`."""
+        measured = len(self.seeds)
+        of = f"{measured} of {self.planned}" if measured < self.planned else f"{measured}"
+        return f"{of} seed{'s' if self.planned > 1 else ''}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,6 +90,7 @@ def read_results(run: Path) -> Results:
     found = _evaluations(run, ledger)
     if not found:
         raise UsageError(f"{run} holds no evaluation yet: let the loop run further")
+    measured = {seed for by_model in found.values() for by_seed in by_model.values() for seed in by_seed}
     every = [e for by_model in found.values() for by_seed in by_model.values() for e in by_seed.values()]
     known = {name: metric for e in every for name, metric in e.metrics.items()}
     best = {
@@ -93,7 +101,8 @@ def read_results(run: Path) -> Results:
     models = _ordered({model for by_model in found.values() for model in by_model})
     return Results(
         out=str(run),
-        seeds=list(recipe["seeds"]),
+        seeds=[seed for seed in recipe["seeds"] if seed in measured],
+        planned=len(recipe["seeds"]),
         models=models,
         best=best,
         better={name: metric.better for name, metric in known.items()},

@@ -74,9 +74,7 @@ def _show(results: "Results", metrics: tuple[str, ...], every: bool) -> None:
 
     for split, found in results.metrics.items():
         names = list(found) if every else [name for name in metrics or _FIRST if name in found]
-        click.echo(
-            f"{split} (seeds {', '.join(map(str, results.seeds))}; 95 % intervals; shares in per cent)"
-        )
+        click.echo(f"{split} ({results.say_seeds()}; 95 % intervals; shares in per cent)")
         _table(table(results, split, names))
         shown = [pair for pair in results.against[split] if "best round" in (pair.model, pair.other)]
         for pair in shown or results.against[split]:
@@ -91,9 +89,8 @@ def _print_markdown(results: "Results", metrics: tuple[str, ...], every: bool) -
     from vila2.augment.results import markdown, specialists_markdown
 
     split = next(iter(results.metrics))
-    seeds = f"{len(results.seeds)} seed{'s' if len(results.seeds) > 1 else ''}"
     click.echo(
-        f"{split} split, {seeds}; 95 % intervals over scenes and seeds; shares in per cent. "
+        f"{split} split, {results.say_seeds()}; 95 % intervals over scenes and seeds; shares in per cent. "
         "Gains are counted so that more is better, and bold where their interval leaves 0 out.\n"
     )
     main = list(results.metrics[split]) if every else metrics or _FIRST

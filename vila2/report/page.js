@@ -51,13 +51,14 @@ function grid(head, rows) {
 
 const figure = (f, name) => f ? el("span", {}, shown(f.value, name), el("span", {class: "iv"}, interval(f, name))) : "";
 const roundsDone = D.models.filter(m => /^round-[1-9]/.test(m)).length;
+const seedsDone = D.seeds.length < D.planned ? `${D.seeds.length} of ${D.planned}` : `${D.planned}`;
 const firstSplit = Object.keys(D.metrics)[0], mainMetric = main.find(m => D.metrics[firstSplit][m]) || Object.keys(D.metrics[firstSplit])[0];
 
 // What it came to, in a sentence or two: for who reads nothing else.
 function summary() {
   const of = D.metrics[firstSplit][mainMetric] || {}, pairs = D.against[firstSplit] || [];
   const find = (model, other) => pairs.find(p => p.model === model && p.other === other)?.gains[mainMetric];
-  const rounds = `${roundsDone} round${roundsDone === 1 ? "" : "s"}`, seeds = `${D.seeds.length} seed${D.seeds.length === 1 ? "" : "s"}`;
+  const rounds = `${roundsDone} round${roundsDone === 1 ? "" : "s"}`, seeds = `${seedsDone} seed${D.planned === 1 ? "" : "s"}`;
   $("headline").textContent = `${rounds} of self-augmentation, ${seeds}`;
   const told = [], says = (gain, whom) => {
     if (!gain) return;
@@ -80,7 +81,7 @@ function tiles() {
   const money = Object.values(D.cost).reduce((sum, c) => sum + c.cost, 0);
   const of = D.metrics[firstSplit][mainMetric] || {};
   const best = Object.values(D.best).at(-1);
-  const list = [["rounds", roundsDone], ["seeds", D.seeds.length], ["best round", [...new Set(Object.values(D.best))].join(", ") || "none yet"], ["of work", clock(total)]];
+  const list = [["rounds", roundsDone], ["seeds", seedsDone], ["best round", [...new Set(Object.values(D.best))].join(", ") || "none yet"], ["of work", clock(total)]];
   for (const [model, name] of [["round-0", "round 0"], [`round-${best}`, `round ${best}`], ["oracle", "true captions"], ["vila2", "with specialists"]])
     if (of[model]) list.push([`${title(mainMetric)}, ${name}`, shown(of[model].value, mainMetric)]);
   if (money) list.push(["cost", `${money.toFixed(2)} ${D.currency}`]);

@@ -84,6 +84,14 @@ def test_the_table_shows_shares_in_per_cent(run: Path) -> None:
     assert rows[1][1].startswith("50.0 (")
 
 
+def test_a_run_under_way_says_how_many_seeds_are_measured(run: Path) -> None:
+    assert read_results(run).say_seeds() == "2 seeds"
+    values = recipe(seeds=[0, 1, 2]).model_dump(mode="json", by_alias=True)
+    (run / "loop.json").write_text(json.dumps(values))
+    results = read_results(run)
+    assert (results.seeds, results.say_seeds()) == ([0, 1], "2 of 3 seeds")
+
+
 def test_a_readme_gets_every_metric_and_sure_gains_in_bold(run: Path) -> None:
     results = read_results(run)
     lines = markdown(results, "test", main=["relation.accuracy", "not measured"])
