@@ -1,4 +1,4 @@
-"""The base parts of nano, in one command: `python recipes/nano/base.py` (somewhat less than two hours on one core).
+"""The base parts of nano, in one command: `python recipes/nano/base.py` (somewhat more than two hours on one core).
 
 Three steps, each skipped when its output is there: a tokenizer, a tower from images, first with alt-texts and then with
 what stands where in them, a decoder from the world's texts. What comes out, `runs/nano/base`, is a VILA checkpoint with
@@ -36,9 +36,9 @@ def model_config(vocab_size: int) -> ModelConfig:
         hidden_size=256,
         intermediate_size=576,
         num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=64,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=32,
         max_positions=1024,
         tie_embeddings=True,
     )
