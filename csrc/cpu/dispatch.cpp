@@ -75,7 +75,7 @@ Features features() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #if defined(VILA2_EMULATE)  // with AVX2
   return {avx2, avx2, avx2, avx2, false, false};
-#endif
+#else
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl");
   return {avx2,
@@ -84,6 +84,7 @@ Features features() {
           __builtin_cpu_supports("avx512vnni") != 0,
           __builtin_cpu_supports("avx512bf16") != 0,
           has_amx_bf16()};
+#endif
 #else
   return {};
 #endif
