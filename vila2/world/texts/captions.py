@@ -47,8 +47,8 @@ PHRASES = {
 RELATIONS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
 # Which relations a caption says: any of them, in any order and direction; or those of things that it names one after
-# the other, in that order, each first one way round and then the other. A small model that writes what is likeliest
-# cannot draw lots: from captions of the first kind it learns to relate a thing to itself.
+# the other, in that order, every other one turned round. A small model that writes what is likeliest cannot draw lots:
+# from captions of the first kind it learns to relate a thing to itself.
 RELATED = ("any", "neighbours")
 
 _OPENINGS = ("The picture shows {}.", "There {be} {}.", "This is a picture of {}.", "We see {}.")
