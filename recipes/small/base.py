@@ -1,7 +1,8 @@
 """The base parts of a small model of a small world: `python recipes/small/base.py --out runs/small`.
 
-Three steps, each skipped when its output is there: a tokenizer, a tower from images and what stands where in them, a
-decoder from texts alone. What comes out, `OUT/base`, is a VILA checkpoint with a fresh projector. The tower has seen
+Each step is skipped when its output is there: a tokenizer, a tower from images and what stands where in them, a decoder
+from texts alone, at the same time if there are two threads. What comes out, `OUT/base`, is a VILA checkpoint with a
+fresh projector. The tower has seen
 names, words and boxes of scenes that no loop captions, and neither part a caption or an answer about an image, nor a
 scene of the instruction, dev or held-out splits.
 
@@ -12,19 +13,22 @@ in recipes/ that use it name the same themes and the same image size.
 import argparse
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vila2.config import make_settings
+from vila2.model.checkpoint import load_checkpoint
 from vila2.model.decoder import DecoderConfig
 from vila2.model.projector import ProjectorConfig
 from vila2.model.tokenizer import load_tokenizer
 from vila2.model.vila_writer import save_vila
-from vila2.model.vision import VisionConfig
+from vila2.model.vision import VisionConfig, VisionTower
 from vila2.model.vlm import ModelConfig, VisionLanguageModel
 from vila2.recaption.interrupt import Interrupts
 from vila2.train.located import LocatedSettings, locate_tower
@@ -62,22 +66,32 @@ def model_config(side: int, width: int, layers: int, vocab_size: int) -> ModelCo
     )
 
 
-def make_tower(out: Path, config: ModelConfig, tokenizer: Path, settings: LocatedSettings) -> None:
-    """A VILA checkpoint whose tower is trained and whose decoder is a fresh one."""
-    tower = fresh_tower(config.vision, settings.seed)
-    figures = locate_tower(tower, settings, lambda line: print(line, flush=True))
+def fresh_model(config: ModelConfig, tower: VisionTower, seed: int) -> VisionLanguageModel:
+    """A model with this tower, a fresh projector and a fresh decoder."""
     model = VisionLanguageModel.from_config(config)
     model.vision.load_state_dict(tower.state_dict())
     # Not as torch draws them: a head tied to embeddings of size one begins with a loss of a hundred.
     for name, part in (("projector", model.projector), ("decoder", model.decoder)):
-        fresh_weights(part, derived_seed(settings.seed, name), config.decoder.num_layers)
-    save_vila(out, model, tokenizer, config)
+        fresh_weights(part, derived_seed(seed, name), config.decoder.num_layers)
+    return model
+
+
+def make_tower(
+    out: Path, config: ModelConfig, tokenizer: Path, settings: LocatedSettings, threads: int
+) -> None:
+    """A VILA checkpoint whose tower is trained, and nothing else."""
+    if parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    tower = fresh_tower(config.vision, settings.seed)
+    figures = locate_tower(tower, settings, lambda line: print(line, flush=True))
+    save_vila(out, fresh_model(config, tower, settings.seed), tokenizer, config)
     figures = asdict(settings) | figures
     (out / "tower.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def make_decoder(
-    out: Path, base: Path, world: WorldSettings, steps: tuple[int, int], seed: int, threads: int
+    out: Path, start: Path, world: WorldSettings, steps: tuple[int, int], seed: int, threads: int
 ) -> bool:
     """Train the decoder on texts: a scene comes as its layout in words. False if it was interrupted.
 
@@ -129,7 +143,7 @@ def make_decoder(
             "data": [places, everything | {"weight": 0.25, "start": 2_000_000}],
         },
     ]
-    values = {"base": str(base), "out": str(out), "seed": seed, "precision": "float32", "device": "cpu"}
+    values = {"base": str(start), "out": str(out), "seed": seed, "precision": "float32", "device": "cpu"}
     values |= {"threads": threads, "measure_ceiling": False, "stage": stages}
     interrupts = Interrupts()
     interrupts.grace_s = 1e6  # a step is finished before it stops
@@ -154,29 +168,51 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     world = WorldSettings(themes=tuple(args.themes.split(",")), sign_words=args.sign_words)
-    tokenizer, tower, base = args.out / "tokenizer", args.out / "tower", args.out / "base"
+    tokenizer, start, tower, base = (args.out / name for name in ("tokenizer", "start", "tower", "base"))
     if not (tokenizer / "tokenizer_config.json").is_file():
         corpus = world_corpus(World(world), "pretrain", 1500)
         write_vocabulary(tokenizer, corpus, args.tokens, context=CONTEXT)
-    if not (tower / "tower.json").is_file():
-        config = model_config(args.image_size, args.width, args.layers, len(load_tokenizer(tokenizer)))
-        settings = LocatedSettings(
-            steps=args.tower_steps,
-            keep=(args.image_size // PATCH) ** 2 // 2,
-            seed=args.seed,
-            themes=world.themes,
-            sign_words=world.sign_words,
+    config = model_config(args.image_size, args.width, args.layers, len(load_tokenizer(tokenizer)))
+    if not (start / "config.json").is_file():
+        save_vila(
+            start, fresh_model(config, fresh_tower(config.vision, args.seed), args.seed), tokenizer, config
         )
-        make_tower(tower, config, tokenizer, settings)
+    settings = LocatedSettings(
+        steps=args.tower_steps,
+        keep=(args.image_size // PATCH) ** 2 // 2,
+        seed=args.seed,
+        themes=world.themes,
+        sign_words=world.sign_words,
+    )
+    aside = None
+    if not (tower / "tower.json").is_file():
+        work = (tower, config, tokenizer, settings, max(args.threads // 2, 1))
+        if args.threads > 1:
+            # Ended with this process, which alone is told of interrupts: the tower begins again, the decoder goes on.
+            aside = get_context("spawn").Process(target=make_tower, args=work, daemon=True)
+            aside.start()
+        else:
+            make_tower(*work)
     steps = args.decoder_steps, args.place_steps
-    if not make_decoder(args.out / "decoder", tower, world, steps, args.seed, args.threads):
+    threads = args.threads - args.threads // 2 if aside else args.threads
+    if not make_decoder(args.out / "decoder", start, world, steps, args.seed, threads):
         sys.exit(INTERRUPTED)
-    if not base.exists():
-        base.symlink_to(Path("decoder", "02-places", "checkpoint"))
+    if aside:
+        aside.join()
+        if aside.exitcode:
+            sys.exit("the tower failed")
+    if not (base / "config.json").is_file():
+        trained = load_checkpoint(
+            args.out / "decoder" / "02-places" / "checkpoint", dtype=torch.float32
+        ).model
+        trained.vision.load_state_dict(load_checkpoint(tower, dtype=torch.float32).model.vision.state_dict())
+        save_vila(base, trained, tokenizer, config)
     print(f"the base parts -> {base}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
