@@ -18,7 +18,7 @@ from vila2.train.mixture import derived_seed
 if TYPE_CHECKING:
     from vila2.world import Scene, World
 
-CAPTIONS = ("detailed", "brief", "spatial", "grounding", "ocr")
+CAPTIONS = ("detailed", "brief", "spatial", "grounding", "ocr", "spatial_questions")
 TEXTS = ("alt", *CAPTIONS, "questions", "layout", "instruction")
 _OPTIONS = ("plain", "tasks", "per_image", "related")
 _AGAIN = "Say this again."
@@ -98,7 +98,7 @@ class WorldSource:
                 if self.plain:
                     captions.append(caption)
                 else:
-                    wordings = texts.CAPTION_PROMPTS[kind]
+                    wordings = texts.PROMPTS[kind]
                     draw = derived_seed(scene.seed, kind, scene.split, scene.index)
                     conversations.append(((wordings[draw % len(wordings)], caption),))
             elif kind == "questions":

@@ -28,7 +28,7 @@ def sample(index: int = 0, **fields: str) -> Sample:
 
 def test_the_packaged_set_holds_what_the_readme_names() -> None:
     known = load_prompts()
-    assert set(known) == {"detailed", "brief", "spatial", "grounding", "ocr"}
+    assert set(known) == {"detailed", "brief", "spatial", "grounding", "ocr", "spatial_questions"}
     assert len(known["detailed"].texts) == 3
 
 

@@ -15,7 +15,7 @@ from vila2.world import SPLITS, STYLES, AltNoise, Scene, World, WorldSettings, r
 from vila2.world.lexicon import COLORS, NUMBERS, with_article
 from vila2.world.scene import PLACES, digits, place_of
 from vila2.world.texts import Question
-from vila2.world.texts.captions import RELATIONS
+from vila2.world.texts.captions import MORE, RELATIONS
 
 LEXICON = read_lexicon()
 WORLDS = {style: World(WorldSettings(style=style)) for style in STYLES}
@@ -33,7 +33,7 @@ def some(count: int, split: str = "pretrain") -> list[Scene]:
 
 def test_prompts_are_those_of_recaption() -> None:
     prompts = load_recipe(str(files("vila2.recaption") / "prompts.toml"))
-    assert {name: tuple(table["texts"]) for name, table in prompts.items()} == texts.CAPTION_PROMPTS
+    assert {name: tuple(table["texts"]) for name, table in prompts.items()} == texts.PROMPTS
 
 
 @pytest.mark.parametrize("kind", ["detailed", "brief", "spatial", "grounding"])
@@ -78,6 +78,35 @@ def test_neighbours_are_related_in_the_order_in_which_they_are_named() -> None:
         assert all(first < second for first, second in turned)
         told += len(places)
     assert told > 200
+
+
+def test_questions_about_places_have_true_answers_and_ask_each_way_twice_at_most() -> None:
+    answers: Counter[str] = Counter()
+    for scene in some(400):
+        lines = texts.caption_for(scene, "spatial_questions").split("\n")
+        told = [(q.removeprefix("Q: "), a.removeprefix("A: ")) for q, a in batched(lines)]
+        assert 1 <= len(told) <= 6
+        assert max(Counter(question.split()[0] for question, _ in told).values()) <= 2
+        for question, answer in told:
+            right = {
+                q.question: q.answer for q in texts.questions(scene, tasks=["position", "relation", "count"])
+            }
+            assert right.get(question, answer) == answer
+            answers[answer] += 1
+            if found := re.fullmatch(r"Is the (.+) (left of|right of|above|below) the (.+)\?", question):
+                predicate = next(name for name, words in RELATIONS.items() if words == found[2])
+                assert answer == ("yes" if scene.holds(found[1], predicate, found[3]) else "no")
+            elif found := re.fullmatch(r"Where is the (.+), seen from the (.+)\?", question):
+                assert scene.holds(found[1], answer, found[2])
+            elif found := re.fullmatch(r"Which is (.+), the (.+) or the (.+)\?", question):
+                predicate = next(name for name, words in MORE.items() if words == found[1])
+                other = found[3] if answer == found[2] else found[2]
+                assert scene.holds(answer, predicate, other)
+    assert min(answers[word] for word in ("left", "right", "above", "below", "yes", "no")) > 3
+
+
+def batched(lines: list[str]) -> list[tuple[str, str]]:
+    return list(zip(lines[::2], lines[1::2], strict=True))
 
 
 @given(scenes)

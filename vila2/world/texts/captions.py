@@ -1,4 +1,7 @@
-"""Captions that are true: what each of the named prompts asks for, from what is known of the scene."""
+"""Captions that are true: what each of the named prompts asks for, from what is known of the scene.
+
+One prompt asks for questions with their answers (`spatial_questions`); like the others it gets one text.
+"""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -33,6 +36,14 @@ CAPTION_PROMPTS: dict[str, tuple[str, ...]] = {
         "is none, say so.",
     ),
 }
+# Not among those: the tokenizers of the models that exist were learnt from captions alone.
+QUESTION_PROMPTS: dict[str, tuple[str, ...]] = {
+    "spatial_questions": (
+        "Ask up to six questions about where the things in this picture are, and answer each. Begin each question with "
+        "Q: and, on the next line, its answer with A:.",
+    ),
+}
+PROMPTS = CAPTION_PROMPTS | QUESTION_PROMPTS
 PHRASES = {
     "top left": "at the top left",
     "top": "at the top",
@@ -45,6 +56,7 @@ PHRASES = {
     "bottom right": "at the bottom right",
 }
 RELATIONS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+MORE = {"left": "further left", "right": "further right", "above": "higher", "below": "lower"}
 
 # Which relations a caption says: any of them, in any order and direction; or those of things that it names one after
 # the other, in that order, every other one turned round. A small model that writes what is likeliest cannot draw lots:
@@ -58,7 +70,7 @@ _WORDS = 45  # what a detailed caption tries not to exceed: it costs tokens
 
 
 def caption_for(scene: Scene, kind: str, related: str = "any") -> str:
-    """The answer to CAPTION_PROMPTS[kind]; `related` is one of RELATED."""
+    """The answer to PROMPTS[kind]; `related` is one of RELATED."""
     if kind not in _MAKERS:
         raise UsageError(f"no caption of kind {kind!r}; there are {', '.join(_MAKERS)}")
     return _MAKERS[kind](scene, related)
@@ -118,12 +130,45 @@ def ocr_caption(scene: Scene) -> str:
     return f'The sign {PHRASES[place_of(scene.sign.box)]} reads "{scene.sign.word}".'
 
 
+def spatial_questions(scene: Scene) -> str:
+    """Where a thing is, then the relations of neighbours, asked in three ways in turn; how many there are of what comes
+    more than once, if nothing else can be asked.
+
+    All follows from the scene, as with `neighbours`, and no way of asking comes more than twice: who learns to write it
+    neither has to draw lots nor repeats itself.
+    """
+    groups = grouped(scene)
+    single = [group[0] for group in groups if len(group) == 1]
+    told = [
+        (f"In which part of the picture is the {thing.name}?", place_of(thing.box)) for thing in single[:1]
+    ]
+    pairs = neighbours(scene)
+    told += [_asked_of(pairs[number % len(pairs)], number) for number in range(min(5, 3 * len(pairs)))]
+    if not told:
+        group = groups[0]
+        told = [(f"How many {read_lexicon().plurals[group[0].name]} are there?", NUMBERS[len(group)])]
+    return "\n".join(f"Q: {question}\nA: {answer}" for question, answer in told)
+
+
+def _asked_of(relation: Relation, number: int) -> tuple[str, str]:
+    """The question number `number` of a text, with its answer."""
+    a, b, predicate = relation.subject, relation.object, relation.predicate
+    if number % 3 == 0:
+        return f"Where is the {a}, seen from the {b}?", predicate
+    horizontal = predicate in ("left", "right")
+    asked = ("left" if horizontal else "above", "right" if horizontal else "below")[number // 3]
+    if number % 3 == 1:
+        return f"Is the {a} {RELATIONS[asked]} the {b}?", "yes" if asked == predicate else "no"
+    return f"Which is {MORE[asked]}, the {a} or the {b}?", a if asked == predicate else b
+
+
 _MAKERS: dict[str, Callable[[Scene, str], str]] = {
     "detailed": detailed_caption,
     "brief": lambda scene, _: brief_caption(scene),
     "spatial": spatial_caption,
     "grounding": lambda scene, _: grounding_caption(scene),
     "ocr": lambda scene, _: ocr_caption(scene),
+    "spatial_questions": lambda scene, _: spatial_questions(scene),
 }
 
 

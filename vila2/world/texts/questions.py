@@ -10,8 +10,8 @@ from functools import lru_cache
 from vila2.errors import UsageError
 from vila2.world.chance import Chance
 from vila2.world.lexicon import NUMBERS, read_lexicon, with_article
-from vila2.world.scene import OPPOSITE, PREDICATES, Box, Scene, digits, place_margin, place_of
-from vila2.world.texts.captions import RELATIONS, one_way
+from vila2.world.scene import OPPOSITE, Box, Scene, digits, place_margin, place_of
+from vila2.world.texts.captions import MORE, RELATIONS, one_way
 
 PRESENCE_PAIRS = 3  # POPE: three that are there, three that are not
 Themes = tuple[str, ...]  # of the scene's world: what is not there is asked of that world's names
@@ -142,16 +142,12 @@ def _relation(scene: Scene, task: str, chance: Chance) -> list[Question]:
         asked.append(Question(task, text, "yes" if true else "no", "yes_no", (a, b), said))
         if chance.below(0.5):
             first, second = chance.shuffled((a, b))
-            text = f"Which is {_MORE[predicate]}, the {first} or the {second}?"
+            text = f"Which is {MORE[predicate]}, the {first} or the {second}?"
             asked.append(Question(task, text, a, "name", (a, b), predicate))
         else:
             text = f"Where is the {a}, seen from the {b}?"
             asked.append(Question(task, text, predicate, "predicate", (a, b), predicate))
     return asked
-
-
-_MORE = {"left": "further left", "right": "further right", "above": "higher", "below": "lower"}
-assert tuple(_MORE) == PREDICATES
 
 
 def _position(scene: Scene, task: str, chance: Chance) -> list[Question]:
