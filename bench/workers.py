@@ -16,11 +16,15 @@ from types import TracebackType
 from typing import Any
 
 
+_protocol = sys.stdout
+
+
 def own_output() -> None:
-    """Keep the standard output for the protocol: what a library prints goes to the standard error instead."""
-    protocol = os.dup(1)
+    """Keep the pipe for the protocol: what a library prints or logs to its standard output goes to the standard error
+    instead."""
+    global _protocol
+    _protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    sys.stdout = os.fdopen(protocol, "w", encoding="utf-8")
 
 
 def serve(ready: dict[str, Any], answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -33,8 +37,8 @@ def serve(ready: dict[str, Any], answer: Callable[[dict[str, Any]], dict[str, An
 
 
 def _reply(message: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
+    _protocol.write(json.dumps(message) + "\n")
+    _protocol.flush()
 
 
 class Worker:
@@ -60,7 +64,11 @@ class Worker:
                 text=True,
                 env=environment,
             )
-        self.ready: dict[str, Any] = self._read()["ready"]
+        try:
+            self.ready: dict[str, Any] = self._read()["ready"]
+        except BaseException:
+            self.process.kill()  # it must not run on beside the others
+            raise
 
     def ask(self, **fields: Any) -> dict[str, Any]:
         assert self.process.stdin is not None

@@ -109,10 +109,21 @@ void quantize(const QuantizeJob& job, int64_t row, int64_t row_end, float* scrat
   }
 }
 
-// ROWS rows against PANELS panels, scales and bias applied, to `y` (rows y_stride apart). Weights are fetched
-// `ahead` bytes before they are needed.
-template <int ROWS, int PANELS, class Weights>
-inline void multiply_bytes(const ByteLinearJob& job, int64_t row, int64_t panel, int64_t ahead, float* y,
+// What is fetched while something else is multiplied: the stream itself, `by` bytes further on; or one tile's
+// share of the next panels, from `at` bytes beyond these on, `step` further at each group of the depth.
+struct ByteStream {
+  int64_t by;
+  int64_t operator()(int64_t k) const { return k * kBytePanel + by; }
+};
+struct ByteShare {
+  int64_t at, step;
+  int64_t operator()(int64_t k) const { return at + k / kByteGroup * step; }
+};
+
+// ROWS rows against PANELS panels, scales and bias applied, to `y` (rows y_stride apart). Meanwhile the
+// weights `ahead(k)` bytes beyond the start of each panel are fetched.
+template <int ROWS, int PANELS, class Weights, class Ahead>
+inline void multiply_bytes(const ByteLinearJob& job, int64_t row, int64_t panel, Ahead ahead, float* y,
                            int64_t y_stride) {
   constexpr int kInts = PANELS * kPanelInts;
   const int64_t stride = job.x.stride, panel_size = stride * kBytePanel;
@@ -131,7 +142,7 @@ inline void multiply_bytes(const ByteLinearJob& job, int64_t row, int64_t panel,
     for (int c = 0; c < kInts; ++c) {
       const int8_t* at =
           panels + c / kPanelInts * panel_size + k * kBytePanel + c % kPanelInts * kLanes * kByteGroup;
-      if (c % kPanelInts == 0) __builtin_prefetch(at + ahead);
+      if (c % kPanelInts == 0) __builtin_prefetch(panels + c / kPanelInts * panel_size + ahead(k));
       load_weights(at, weights[c]);
     }
 #pragma GCC unroll 12
@@ -184,8 +195,8 @@ inline void finish_row(const ByteLinearJob& job, int64_t row, int64_t column, in
   });
 }
 
-template <int ROWS, int PANELS, class Weights>
-inline void byte_tile(const ByteLinearJob& job, int64_t row, int64_t panel, int64_t ahead) {
+template <int ROWS, int PANELS, class Weights, class Ahead>
+inline void byte_tile(const ByteLinearJob& job, int64_t row, int64_t panel, Ahead ahead) {
   constexpr int64_t kWidth = PANELS * kBytePanel;
   const int64_t column = panel * kBytePanel, left = job.columns - column;
   if (job.finish == Finish::kNone && left >= kWidth) {
@@ -208,18 +219,17 @@ constexpr int byte_panels(int rows) {
   return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
 }
 
-template <int ROWS, class Weights>
-inline void byte_rows(const ByteLinearJob& job, int64_t row, int64_t panel, int64_t panel_end,
-                      int64_t ahead) {
+template <int ROWS, class Weights, class Ahead>
+inline void byte_rows(const ByteLinearJob& job, int64_t row, int64_t panel, int64_t panel_end, Ahead ahead) {
   constexpr int kSide = byte_panels(ROWS);
   for (; panel + kSide <= panel_end; panel += kSide) byte_tile<ROWS, kSide, Weights>(job, row, panel, ahead);
   for (; panel < panel_end; ++panel) byte_tile<ROWS, 1, Weights>(job, row, panel, ahead);
 }
 
 // Up to kByteTileRows rows against panels [panel, panel_end).
-template <class Weights>
+template <class Weights, class Ahead>
 inline void byte_rows_of(int64_t rows, const ByteLinearJob& job, int64_t row, int64_t panel,
-                         int64_t panel_end, int64_t ahead) {
+                         int64_t panel_end, Ahead ahead) {
 #define VILA2_ROWS(n)                                                                           \
   case n:                                                                                       \
     if constexpr (n <= kByteTileRows) byte_rows<n, Weights>(job, row, panel, panel_end, ahead); \
@@ -245,15 +255,21 @@ template <class Weights>
 inline void byte_linear_panels(const ByteLinearJob& job, int64_t row, int64_t row_end, int64_t panel,
                                int64_t panel_end) {
   const int64_t rows = row_end - row, tiles = (rows + kByteTileRows - 1) / kByteTileRows;
+  if (tiles == 1) {
+    const ByteStream ahead{rows == 1 ? kPrefetch : kPrefetchFar};
+    byte_rows_of<Weights>(rows, job, row, panel, panel_end, ahead);
+    return;
+  }
   // Panels side by side as the full tile takes them, each group against all rows: the group stays in a cache.
+  // Each tile fetches its share of the next group, so that memory works while all of them compute.
   constexpr int64_t kSide = byte_panels(kByteTileRows);
-  const int64_t group = tiles > 1 ? kSide : panel_end - panel;
-  const int64_t ahead = tiles > 1 ? kSide * job.x.stride * kBytePanel : rows == 1 ? kPrefetch : kPrefetchFar;
-  for (; panel < panel_end; panel += group) {
-    const int64_t last = panel + group < panel_end ? panel + group : panel_end;
+  const int64_t panel_size = job.x.stride * kBytePanel;
+  for (; panel < panel_end; panel += kSide) {
+    const int64_t last = panel + kSide < panel_end ? panel + kSide : panel_end;
     for (int64_t tile = 0, at = row; tile < tiles; ++tile) {
       const int64_t count = (rows - 1 - tile) / tiles + 1;  // of even height
-      byte_rows_of<Weights>(count, job, at, panel, last, tile == 0 ? ahead : 0);
+      const ByteShare ahead{kSide * panel_size + tile * panel_size / tiles, kByteGroup * kBytePanel / tiles};
+      byte_rows_of<Weights>(count, job, at, panel, last, ahead);
       at += count;
     }
   }

@@ -10,6 +10,18 @@ constexpr int kPanel = 2 * kLanes;
 // rows would otherwise compute and wait in turns.
 constexpr int kPrefetch = 512, kPrefetchFar = 2048;
 
+// What is fetched while something else is multiplied, `step` bytes further at each step of the depth: a
+// stream of rows of T, or one tile's share of it.
+template <class T>
+struct Stream {
+  const char* at;
+  static constexpr int64_t step = kPanel * sizeof(T);
+};
+struct Share {
+  const char* at;
+  int64_t step;
+};
+
 inline void load_weights(const float* p, Vec& low, Vec& high) {
   low = load(p);
   high = load(p + kLanes);
@@ -36,9 +48,9 @@ void pack(const float* weight, int64_t columns, int64_t depth, void* panels, Sto
 
 // ROWS rows of x against PANELS panels over `depth` steps. The sums start from `start` (rows start_stride
 // apart; null is zero), which is the bias, or y itself after an earlier block of the depth. Meanwhile the
-// weights at `next` (of type U) are fetched, a row of them a step.
-template <int ROWS, int PANELS, class T, class U>
-inline void multiply(const float* x, int64_t x_stride, const T* panels, int64_t panel_stride, const U* next,
+// weights at `ahead` are fetched.
+template <int ROWS, int PANELS, class T, class Ahead>
+inline void multiply(const float* x, int64_t x_stride, const T* panels, int64_t panel_stride, Ahead ahead,
                      int64_t depth, const float* start, int64_t start_stride, float* y, int64_t y_stride) {
   Vec sums[ROWS][2 * PANELS];
 #pragma GCC unroll 12
@@ -50,7 +62,7 @@ inline void multiply(const float* x, int64_t x_stride, const T* panels, int64_t 
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     Vec weights[2 * PANELS];
-    if (PANELS == 1) __builtin_prefetch(next + k * kPanel);
+    if (PANELS == 1) __builtin_prefetch(ahead.at + k * ahead.step);
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; ++p) {
       const T* row = panels + p * panel_stride + k * kPanel;
@@ -71,14 +83,14 @@ inline void multiply(const float* x, int64_t x_stride, const T* panels, int64_t 
   }
 }
 
-template <class T, class U>
-inline void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const T* panel, const U* next,
+template <class T, class Ahead>
+inline void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const T* panel, Ahead ahead,
                           int64_t depth, const float* start, int64_t start_stride, float* y,
                           int64_t y_stride) {
-#define VILA2_ROWS(n)                                                                       \
-  case n:                                                                                   \
-    if constexpr (n <= kTileRows)                                                           \
-      multiply<n, 1>(x, x_stride, panel, 0, next, depth, start, start_stride, y, y_stride); \
+#define VILA2_ROWS(n)                                                                        \
+  case n:                                                                                    \
+    if constexpr (n <= kTileRows)                                                            \
+      multiply<n, 1>(x, x_stride, panel, 0, ahead, depth, start, start_stride, y, y_stride); \
     return
   switch (rows) {
     VILA2_ROWS(1);
@@ -97,34 +109,42 @@ inline void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const 
 #undef VILA2_ROWS
 }
 
-// One panel, over [depth_start, depth_start + depth) of the depth, for `rows` rows in tiles of even height;
-// the first of them fetches `next`.
-template <class T, class U>
-inline void multiply_panel(const LinearJob& job, int64_t row, int64_t rows, const T* weights, const U* next,
-                           int64_t panel, int64_t depth_start, int64_t depth) {
+template <class T, class Ahead>
+inline void multiply_tile(const LinearJob& job, int64_t row, int64_t rows, const T* weights, Ahead ahead,
+                          int64_t panel, int64_t depth_start, int64_t depth) {
   const int64_t column = panel * kPanel;
   const int64_t columns = job.columns - column < kPanel ? job.columns - column : kPanel;
+  const float* x = job.x + row * job.depth + depth_start;
+  float* y = job.y + row * job.columns + column;
+  const float* start = depth_start ? y : job.bias ? job.bias + column : nullptr;
+  const int64_t start_stride = depth_start ? job.columns : 0;
+  if (columns == kPanel) {
+    multiply_rows(rows, x, job.depth, weights, ahead, depth, start, start_stride, y, job.columns);
+    return;
+  }
+  // The last columns: through a whole tile beside y.
+  float part[kTileRows * kPanel] = {};
+  for (int64_t r = 0; start && r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) part[r * kPanel + c] = start[r * start_stride + c];
+  multiply_rows(rows, x, job.depth, weights, ahead, depth, part, kPanel, part, kPanel);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) y[r * job.columns + c] = part[r * kPanel + c];
+}
+
+// One panel, over [depth_start, depth_start + depth) of the depth, for `rows` rows in tiles of even height.
+// Each tile fetches its share of what is `ahead`, so that memory works while all of them compute.
+template <class T, class U>
+inline void multiply_panel(const LinearJob& job, int64_t row, int64_t rows, const T* weights, Stream<U> ahead,
+                           int64_t panel, int64_t depth_start, int64_t depth) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
+  if (tiles == 1) {
+    multiply_tile(job, row, rows, weights, ahead, panel, depth_start, depth);
+    return;
+  }
+  Share share{ahead.at, ahead.step / tiles};
+  for (int64_t tile = 0; tile < tiles; ++tile, share.at += depth * share.step) {
     const int64_t count = (rows - 1 - tile) / tiles + 1;
-    const float* x = job.x + row * job.depth + depth_start;
-    float* y = job.y + row * job.columns + column;
-    const float* start = depth_start ? y : job.bias ? job.bias + column : nullptr;
-    const int64_t start_stride = depth_start ? job.columns : 0;
-    if (columns == kPanel) {
-      if (tile == 0) {
-        multiply_rows(count, x, job.depth, weights, next, depth, start, start_stride, y, job.columns);
-      } else {
-        multiply_rows(count, x, job.depth, weights, weights, depth, start, start_stride, y, job.columns);
-      }
-    } else {  // the last columns: through a whole tile beside y
-      float part[kTileRows * kPanel] = {};
-      for (int64_t r = 0; start && r < count; ++r)
-        for (int64_t c = 0; c < columns; ++c) part[r * kPanel + c] = start[r * start_stride + c];
-      multiply_rows(count, x, job.depth, weights, weights, depth, part, kPanel, part, kPanel);
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t c = 0; c < columns; ++c) y[r * job.columns + c] = part[r * kPanel + c];
-    }
+    multiply_tile(job, row, count, weights, share, panel, depth_start, depth);
     row += count;
   }
 }
@@ -156,14 +176,14 @@ inline void linear_panels(const LinearJob& job, int64_t row, int64_t row_end, in
       float* y = job.y + row * job.columns + column;
       const T* weights = panels + panel * panel_size;
       if (rows == 1 && left >= 4) {
-        multiply<1, 4>(x, job.depth, weights, panel_size, weights, job.depth, start, 0, y, job.columns);
+        multiply<1, 4>(x, job.depth, weights, panel_size, Stream<T>{}, job.depth, start, 0, y, job.columns);
         panel += 4;
       } else if (rows == 2 && left >= 2) {
-        multiply<2, 2>(x, job.depth, weights, panel_size, weights, job.depth, start, 0, y, job.columns);
+        multiply<2, 2>(x, job.depth, weights, panel_size, Stream<T>{}, job.depth, start, 0, y, job.columns);
         panel += 2;
       } else {
-        const char* next = reinterpret_cast<const char*>(weights) + kPrefetchFar;
-        multiply_panel(job, row, rows, weights, reinterpret_cast<const T*>(next), panel, 0, job.depth);
+        const Stream<T> ahead{reinterpret_cast<const char*>(weights) + kPrefetchFar};
+        multiply_panel(job, row, rows, weights, ahead, panel, 0, job.depth);
         panel += 1;
       }
     }
@@ -174,10 +194,11 @@ inline void linear_panels(const LinearJob& job, int64_t row, int64_t row_end, in
     for (int64_t p = panel; p < panel_end; ++p) {
       const T* weights = panels + p * panel_size + k * kPanel;
       const T* next = p + 1 < panel_end ? weights + panel_size : weights;
+      const Stream<T> ahead{reinterpret_cast<const char*>(next)};
       if (rows > 2 * kTileRows) {
-        multiply_panel(job, row, rows, as_float(weights, depth, scratch), next, p, k, depth);
+        multiply_panel(job, row, rows, as_float(weights, depth, scratch), ahead, p, k, depth);
       } else {
-        multiply_panel(job, row, rows, weights, next, p, k, depth);
+        multiply_panel(job, row, rows, weights, ahead, p, k, depth);
       }
     }
   }

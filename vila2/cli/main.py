@@ -25,6 +25,7 @@ COMMANDS = {
     "report": "vila2.cli.report:report",
     "prompts": "vila2.cli.prompts:prompts",
     "evaluate": "vila2.cli.evaluate:evaluate",
+    "bench": "vila2.cli.bench:bench",
     "world": "vila2.cli.world:world",
     "inspect": "vila2.cli.inspect:inspect",
     "build": "vila2.cli.build:build",

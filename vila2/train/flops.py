@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, and what this machine's matrix product reaches.
+"""Floating-point operations of a training step and of a caption, and what this machine's matrix product reaches.
 
 Counted is what the model's products and its visible attention pairs need: 2 per multiply-add, forward and the
 gradients that are wanted. Recomputation, padding, norms, activations and the optimiser count as nothing, so a share
@@ -6,7 +6,7 @@ of the ceiling that is made of these figures is the useful share.
 """
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,7 @@ from vila2.model.decoder import DecoderConfig
 from vila2.model.projector import ProjectorConfig
 from vila2.model.vision import VisionConfig
 from vila2.model.vlm import ModelConfig
+from vila2.ops.quant import byte_linear, pack_bytes, quantize_weight
 from vila2.ops.threads import set_threads
 
 if TYPE_CHECKING:
@@ -60,6 +61,24 @@ def _batch_flops(config: ModelConfig, batch: "PackedBatch", trained: Collection[
     head = 2.0 * config.decoder.hidden_size * config.decoder.vocab_size
     total += batch.num_labels * head * _passes(decoder, flows)
     return total
+
+
+def caption_flops(config: ModelConfig, *, tiles: int, visual: int, prompt: int, new: int) -> float:
+    """Operations of one caption of `new` tokens after a prompt of `prompt`, of which `visual` are those of an image in
+    `tiles` tiles. Past the last attention, and in the head, only the rows that a token is chosen from count."""
+    tower, attention = _vision_products(config.vision)
+    first, rest = _projector_products(config.projector)
+    everywhere, labelled = _decoder_products(config.decoder)
+    rows = prompt + new - 1
+    head = 2.0 * config.decoder.hidden_size * config.decoder.vocab_size
+    pairs = rows * (rows + 1) // 2
+    return (
+        tiles * _tiles_per_stored(config) * (tower + attention)
+        + visual * (first + rest)
+        + rows * everywhere
+        + new * (labelled + head)
+        + pairs * 4.0 * config.decoder.q_size * config.decoder.num_layers
+    )
 
 
 def _passes(learns: bool, flows: bool) -> int:
@@ -135,15 +154,44 @@ def measured_ceiling(dtype: torch.dtype, threads: int, device: str = "cpu", seco
             set_threads(before)
 
 
+def product_ceiling(dtype: torch.dtype, threads: int, device: str = "cpu") -> float:
+    """Operations a second of the fastest product that can carry out one of this type here.
+
+    That is float32's where a type has no instructions of its own. Of bytes it is the faster of torch's and our own.
+    """
+    best = measured_ceiling(torch.float32, threads, device)
+    if dtype is torch.int8:
+        return max(best, _byte_ceiling(threads))
+    return best if dtype is torch.float32 else max(best, measured_ceiling(dtype, threads, device))
+
+
+def _byte_ceiling(threads: int, side: int = 1024) -> float:
+    before = torch.get_num_threads()
+    set_threads(threads)
+    try:
+        floats = torch.randn(side, side)
+        integers = floats.mul(30).clamp(-127, 127).to(torch.int8)
+        packed = pack_bytes(quantize_weight(floats, narrow=True))
+        products = (lambda: byte_linear(floats, packed), lambda: torch._int_mm(integers, integers))
+        return max(2.0 * side**3 / _best_time(product, "cpu", 0.5) for product in products)
+    finally:
+        set_threads(before)
+
+
 def _product_rate(side: int, dtype: torch.dtype, device: str, seconds: float) -> float:
     a, b = (torch.randn(side, side).to(device, dtype) for _ in range(2))
     out = torch.mm(a, b)
+    return 2.0 * side**3 / _best_time(lambda: torch.mm(a, b, out=out), device, seconds)
+
+
+def _best_time(call: Callable[[], object], device: str, seconds: float) -> float:
+    """Of the calls that fit into `seconds`, and of one at least."""
     best, spent = float("inf"), 0.0
     while spent < seconds or best == float("inf"):
         start = time.perf_counter()
-        torch.mm(a, b, out=out)
+        call()
         if device != "cpu":
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - start
         best, spent = min(best, elapsed), spent + elapsed
-    return 2.0 * side**3 / best
+    return best
