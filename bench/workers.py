@@ -13,17 +13,19 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 
-_protocol = sys.stdout
+class _Pipe:
+    """To whom a worker answers."""
+
+    file: TextIO = sys.stdout
 
 
 def own_output() -> None:
     """Keep the pipe for the protocol: what a library prints or logs to its standard output goes to the standard error
     instead."""
-    global _protocol
-    _protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    _Pipe.file = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
 
@@ -37,8 +39,8 @@ def serve(ready: dict[str, Any], answer: Callable[[dict[str, Any]], dict[str, An
 
 
 def _reply(message: dict[str, Any]) -> None:
-    _protocol.write(json.dumps(message) + "\n")
-    _protocol.flush()
+    _Pipe.file.write(json.dumps(message) + "\n")
+    _Pipe.file.flush()
 
 
 class Worker:

@@ -81,6 +81,8 @@ def throughput(
     from vila2.config import DEFAULT_MODEL, RecaptionSettings, make_settings
     from vila2.evaluate.throughput import throughput as measure
 
+    if table is not None:
+        _check_columns(Path(table))
     given = {name: value for name, value in options.items() if value is not None}
     settings = make_settings(
         RecaptionSettings, {"source": ".", "out": ".", "model": checkpoint or DEFAULT_MODEL, **given}
@@ -103,20 +105,32 @@ def throughput(
         click.echo(f"the ceiling: {result.ceiling / 1e9:.4g} GFLOP/s, this machine's matrix product")
 
 
-def _add_rows(path: Path, result: "Throughput") -> None:
-    """UsageError if the file holds other columns."""
-    rows = [{"model": result.model, "compute": result.compute, **row} for row in result.rows]
-    columns = list(rows[0])
+def _check_columns(path: Path) -> None:
+    """UsageError, before anything is measured, if the file holds something else."""
     try:
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                found = next(csv.reader(file), [])
-            if found != columns:
-                raise UsageError(f"--csv {path}: it has other columns: choose another file")
+        with path.open(newline="", encoding="utf-8") as file:
+            found = next(csv.reader(file), _columns())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--csv {path}: {getattr(error, 'strerror', None) or 'not a CSV file'}") from None
+    if found != _columns():
+        raise UsageError(f"--csv {path}: it has other columns: choose another file")
+
+
+def _columns() -> list[str]:
+    from vila2.evaluate.throughput import COLUMNS
+
+    return ["model", "compute", *COLUMNS]
+
+
+def _add_rows(path: Path, result: "Throughput") -> None:
+    try:
         with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer = csv.DictWriter(file, _columns(), lineterminator="\n")
             if file.tell() == 0:
                 writer.writeheader()
-            writer.writerows(rows)
+            for row in result.rows:
+                writer.writerow({"model": result.model, "compute": result.compute, **row})
     except OSError as error:
         raise UsageError(f"--csv {path}: {error.strerror}") from None

@@ -64,6 +64,9 @@ class Case:
         }
 
 
+COLUMNS = tuple(Case(1, 1, 1, engine=[1.0]).to_json(0.0))  # of a row
+
+
 @dataclass(frozen=True, slots=True)
 class Throughput:
     """What was measured. `ceiling`: operations a second of this machine's matrix product in the model's type."""

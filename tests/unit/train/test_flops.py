@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.unit.train.test_loss import example, packed, small_model
-from vila2.train.flops import measured_ceiling, step_flops, visible_pairs
+from vila2.train.flops import caption_flops, measured_ceiling, product_ceiling, step_flops, visible_pairs
 from vila2.train.loss import batch_loss
 
 torch.set_num_threads(1)
@@ -47,6 +47,27 @@ def test_evaluation_is_the_forward_alone():
     assert step_flops(model.config, batch, ("vision", "projector", "decoder")) > 2 * step_flops(
         model.config, batch, ()
     )
+
+
+def test_a_caption_is_a_step_without_learning_whose_labels_are_its_tokens():
+    """But that every row of a caption sees all before it."""
+    model, batch = small_model(), packed([example(0)])
+    (image,) = batch.images
+    rows = len(batch.token_ids)
+    caption = caption_flops(
+        model.config,
+        tiles=len(image.tiles),
+        visual=image.num_tokens,
+        prompt=rows + 1 - batch.num_labels,
+        new=batch.num_labels,
+    )
+    a_pair = 4.0 * model.config.decoder.q_size * model.config.decoder.num_layers
+    unseen = rows * (rows + 1) // 2 - visible_pairs(batch.segments)
+    assert caption - unseen * a_pair == step_flops(model.config, batch, ())
+
+
+def test_a_ceiling_is_that_of_the_fastest_product_that_serves():
+    assert product_ceiling(torch.int8, threads=1) > 0
 
 
 def test_visible_pairs():
