@@ -208,8 +208,12 @@ def _mixed_tokens(model: Any, limits: Any) -> tuple[dict[int, tuple[int, ...]], 
         warnings.simplefilter("always")
         while engine.num_unfinished:
             done += engine.step()
-    waits = sum("synchroniz" in str(warning.message) for warning in caught)
-    return {end.id: end.token_ids for end in done}, waits
+    return {end.id: end.token_ids for end in done}, count_waits(caught)
+
+
+def count_waits(caught: list[warnings.WarningMessage]) -> int:
+    """How many warnings are of a call that waited; torch also warns once that it may overlook some."""
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from itertools import pairwise
 from pathlib import Path
@@ -162,6 +163,20 @@ def test_a_row_says_on_what_it_was_measured(tmp_path, monkeypatch):
     assert "commit abc1234, NVIDIA H100 80GB HBM3, driver" in shown[0]
     assert [line.split(" | ")[1] for line in shown[-2:]] == ["gelu", "broken"]
     assert report.close() == 1
+
+
+def test_torch_saying_that_it_may_overlook_waits_is_no_wait():
+    import gpu_captions
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.warn(
+            "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations",
+            stacklevel=1,
+        )
+        assert gpu_captions.count_waits(caught) == 0
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        assert gpu_captions.count_waits(caught) == 1
 
 
 @pytest.mark.parametrize("file", sorted(path.stem for path in (ROOT / "kernels").glob("*.py")))
