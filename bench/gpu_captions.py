@@ -35,7 +35,7 @@ class Size:
     vocab: int
     captions: int
     batch: int
-    rival_batches: tuple[int, ...]
+    rival_batches: tuple[int, ...] = ()
 
 
 SIZES = (
