@@ -179,6 +179,32 @@ def test_torch_saying_that_it_may_overlook_waits_is_no_wait():
         assert gpu_captions.count_waits(caught) == 1
 
 
+def test_the_rivals_batches_grow_until_they_are_no_better(monkeypatch):
+    import gpu_captions
+    import torch
+
+    clock = [0.0]
+    monkeypatch.setattr(gpu_captions.time, "monotonic", lambda: clock[0])
+
+    def best(rates, until=1000.0):
+        clock[0] = 0.0
+
+        def seconds(batch):
+            clock[0] += batch
+            if rates[batch] is None:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return batch / rates[batch]
+
+        return gpu_captions.best_batch((32, 64, 128), seconds, until)
+
+    assert best({32: 1.0, 64: 2.0, 128: 3.0}) == (3.0, 128, "")
+    assert best({32: 1.0, 64: 2.0, 128: 1.5}) == (2.0, 64, ", 128 slower")
+    assert best({32: 1.0, 64: None}) == (1.0, 32, ", 64 does not fit")
+    assert best({32: 1.0, 64: 2.0}, until=200.0) == (2.0, 64, ", no time for 128")
+    with pytest.raises(torch.OutOfMemoryError):
+        best({32: None})
+
+
 @pytest.mark.parametrize("file", sorted(path.stem for path in (ROOT / "kernels").glob("*.py")))
 def test_every_kernel_has_its_formula_a_test_a_benchmark_and_a_line_of_the_notes(file):
     source = (ROOT / "kernels" / f"{file}.py").read_text()
