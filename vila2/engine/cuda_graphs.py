@@ -2,9 +2,9 @@
 
 A burst uploads what decides the next tokens of its sequences (block tables, places, random numbers), and runs its steps
 one after another on the device, where each reads the tokens that the one before sampled; the first reads those of the
-launch before, which nobody needs to have read (see vila2.engine.overlap). Rows that pad a batch repeat one of its
-sequences: they compute and write the very same values, so no kernel needs to know of them. On the CPU the same steps
-run without graphs, which is how they are tested.
+launch before, which nobody needs to have read (see vila2.engine.overlap). Rows that pad a batch read one of its
+sequences and write nothing: outside that sequence's group they sum in another order, and so may choose another token.
+On the CPU the same steps run without graphs, which is how they are tested.
 """
 
 from collections.abc import Callable
@@ -177,7 +177,7 @@ class DecodeBursts:
         attend = PagedAttend(
             runner.cache,
             positions,
-            blocks.long() * block_size + positions % block_size,
+            torch.where(slots < 0, -1, blocks.long() * block_size + positions % block_size),
             tables,
             self._starts[: size + 1],
             (positions + 1).int(),
