@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vila2.engine.gpu_memory import is_out_of_memory
 from vila2.engine.grouping import group_by_prefix, max_groups
 from vila2.engine.runner import ModelRunner, PagedAttend
 from vila2.engine.sampler import device_choice
@@ -222,7 +223,8 @@ def _capture(advance: Callable[[], None], pool: Any) -> tuple[Callable[[], None]
             advance()
     except RuntimeError as error:
         # A capture that memory ends cannot be closed either: say what came first.
-        if isinstance(error.__context__, torch.OutOfMemoryError):
-            raise error.__context__ from None
+        first = error.__context__
+        if first is not None and is_out_of_memory(first):
+            raise first from None
         raise
     return graph.replay, graph.pool()
