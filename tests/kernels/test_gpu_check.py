@@ -165,6 +165,51 @@ def test_a_row_says_on_what_it_was_measured(tmp_path, monkeypatch):
     assert report.close() == 1
 
 
+def test_the_end_of_the_log_says_what_matters_in_a_few_thousand_characters(capsys):
+    import gpu_report
+
+    facts = {"device": "a card", "driver": "1", "torch": "2", "triton": "3", "commit": "abc"}
+    report = gpu_report.Report(facts, keeps_rows=False)
+    assert set(gpu_report.ORDER) == set(gpu_check.SECTIONS)
+    for section in gpu_check.SECTIONS:
+        for number in range(20):
+            result = gpu_report.Result(
+                f"a name of some length, {number}", "4096 x 4096 x 4096, 16 heads", 12345.678, "captions/s",
+                0.98765, "copy bandwidth", 0.85,
+            )  # fmt: skip
+            report.results.append((section, result))
+    for rows in range(9):
+        report.results.append(
+            (
+                "precision",
+                gpu_report.Result("int4 product", f"{rows} rows", rows, "us", 0.5, "copy", 0.4 + rows),
+            )
+        )
+    wrong = gpu_report.Result("gelu", "2 x 3", 4.0, "us", error=0.5, tolerance=0.1)
+    report.results.insert(0, ("kernels", wrong))
+    assert report.close() == 1
+    said = capsys.readouterr().out
+    lines = said.strip().splitlines()
+    assert len(said) < 12_000
+    assert max(map(len, lines)) <= 115
+    assert "gelu" in lines[-2]
+    assert "1 WRONG, error 5.0e-01" in lines[-2]
+    assert lines[-3].startswith("captions")
+    [summary] = [line for line in lines if "int4 product" in line]
+    assert "9 shapes" in summary
+    assert "1/9 met" in summary
+
+
+def test_tokens_are_compared_as_names():
+    import gpu_kernels
+    import torch
+
+    tokens = torch.arange(64) * 1000
+    others = tokens.clone()
+    others[:2] = 100_000
+    assert gpu_kernels.share_unequal(tokens, others) == 2 / 64 < 0.05
+
+
 def test_torch_saying_that_it_may_overlook_waits_is_no_wait():
     import gpu_captions
 
