@@ -161,14 +161,14 @@ class Report:
 
 
 def _short(results: list[Result]) -> str:
-    """A line of at most 100 characters for the results of one name."""
+    """A line of at most 115 characters with its section, for the results of one name."""
     first, count = results[0], len(results)
     values = sorted(result.value for result in results)
     ratios = sorted(result.ratio for result in results if result.ratio is not None)
     shape = first.shape if count == 1 else f"{count} shapes"
-    parts = [f"{first.name:28.28} {shape:21.21} {_range(values):13} {first.unit:10.10}"]
+    parts = [f"{first.name:36.36} {shape:12.12} {_range(values):13} {first.unit:10.10}"]
     if ratios:
-        parts.append(f"{_range(ratios)} of {first.against:.14}")
+        parts.append(f"{_range(ratios)} of {first.against:.12}")
     if wrong := sum(not result.is_right for result in results):
         worst = max(result.error or 0.0 for result in results)
         parts.append(f"{wrong} WRONG, error {worst:.1e}")
