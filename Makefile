@@ -14,12 +14,15 @@ export PIP_ROOT_USER_ACTION := ignore
 
 # With an NVIDIA GPU the CUDA build of torch is wanted. Without one an exact version is asked for: it is known to
 # pass, and where an index offers CPU builds under plain version numbers it keeps pip from trying every newer CUDA build.
+# A CUDA build brings the one triton that it works with; without it, that whose interpreter the tests know is asked for.
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU || true)
 ifeq ($(HAS_GPU),0)
 TORCH := torch==2.13.0
+TRITON := triton==3.6.*; platform_system == 'Linux' and platform_machine == 'x86_64'
 EXTRAS := dev
 else
 TORCH := torch>=2.5
+TRITON :=
 EXTRAS := dev,gpu
 endif
 CMAKE := $(shell command -v cmake >/dev/null || echo "cmake>=3.22")
@@ -53,7 +56,7 @@ $(VENV)/.python:
 # The build tools come first because the build is not isolated: that keeps the build folder, and so rebuilds are quick.
 $(VENV)/.torch: $(VENV)/.python
 	@echo "installing $(TORCH) and the build tools into $(VENV) (once; some minutes)"
-	@$(PIP) install "$(TORCH)" "scikit-build-core>=0.11" "pybind11>=2.13" "ninja>=1.11" $(if $(CMAKE),"$(CMAKE)")
+	@$(PIP) install "$(TORCH)" "scikit-build-core>=0.11" "pybind11>=2.13" "ninja>=1.11" $(if $(CMAKE),"$(CMAKE)") $(if $(TRITON),"$(TRITON)")
 	@touch $@
 
 $(VENV)/.packages: $(VENV)/.torch pyproject.toml

@@ -2,13 +2,14 @@
 
 Images go through SigLIP-so400m at 384 px (27 x 27 patches, 196 visual tokens after down-sampling), 40 text tokens in,
 128 new ones out, greedy, ends of sequence ignored: the work of VILA1.5-3B and -8B. What weights hold changes no time.
-The rival gets the same tower and projector in plain torch and its own best batch.
+The rival gets the same tower and projector in plain torch and its own best batch: batches grow until one is slower,
+does not fit, or would outlast the rival's share of the time, and the row says which of these it was.
 """
 
 import gc
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,12 +36,12 @@ class Size:
     vocab: int
     captions: int
     batch: int
-    rival_batches: tuple[int, ...]
+    rival_batches: tuple[int, ...] = ()
 
 
 SIZES = (
-    Size("3B", 2560, 6912, 32, 20, 20, 32000, 768, 256, (32, 64)),
-    Size("8B", 4096, 14336, 32, 32, 8, 128256, 512, 256, (32, 64)),
+    Size("3B", 2560, 6912, 32, 20, 20, 32000, 768, 256, (32, 64, 128, 256)),
+    Size("8B", 4096, 14336, 32, 32, 8, 128256, 512, 256, (32, 64, 128, 256)),
 )
 DRY = Size("tiny", 64, 96, 2, 4, 2, 200, 3, 2, (2,))
 
@@ -81,10 +82,13 @@ def measure(report: Report, *, dry: bool, deadline: float) -> Iterator[Result]:
         if time.monotonic() > deadline:
             report.skip(f"transformers {size.name}", "no time was left")
             return
-        theirs, batch = rival(model, size, new)
+        # The models after this one want their time too.
+        left = deadline - time.monotonic()
+        until = time.monotonic() + (left if size is SIZES[-1] else left / 3)
+        theirs, batch, ended = rival(model, size, new, until)
         yield Result(
             f"transformers {size.name}",
-            f"generate, batch {batch}",
+            f"generate, batch {batch}{ended}",
             theirs,
             "captions/s",
             rate / theirs,
@@ -208,8 +212,12 @@ def _mixed_tokens(model: Any, limits: Any) -> tuple[dict[int, tuple[int, ...]], 
         warnings.simplefilter("always")
         while engine.num_unfinished:
             done += engine.step()
-    waits = sum("synchroniz" in str(warning.message) for warning in caught)
-    return {end.id: end.token_ids for end in done}, waits
+    return {end.id: end.token_ids for end in done}, count_waits(caught)
+
+
+def count_waits(caught: list[warnings.WarningMessage]) -> int:
+    """How many warnings are of a call that waited; torch also warns once that it may overlook some."""
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 @contextmanager
@@ -309,8 +317,8 @@ def _caption(engine: Any, model: Any, count: int, new_tokens: int, first: int) -
     assert done == count, (done, count)
 
 
-def rival(model: Any, size: Size, new_tokens: int) -> tuple[float, int]:
-    """The best captions a second of transformers' `generate` over its batches, and that batch."""
+def rival(model: Any, size: Size, new_tokens: int, until: float) -> tuple[float, int, str]:
+    """The best captions a second of transformers' `generate`, by `best_batch`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     decoder = model.config.decoder
@@ -340,16 +348,42 @@ def rival(model: Any, size: Size, new_tokens: int) -> tuple[float, int]:
     finally:
         torch.set_default_dtype(before)
     tower = PlainTower(model)
-    rates = {}
-    for batch in size.rival_batches:
+
+    def seconds(batch: int) -> float:
         _generate(language, tower, model, batch, min(new_tokens, 4))
         _wait(device.type == "cuda")
         start = time.perf_counter()
         _generate(language, tower, model, batch, new_tokens)
         _wait(device.type == "cuda")
-        rates[batch] = batch / (time.perf_counter() - start)
-    best = max(rates, key=lambda batch: rates[batch])
-    return rates[best], best
+        return time.perf_counter() - start
+
+    return best_batch(size.rival_batches, seconds, until)
+
+
+def best_batch(
+    batches: tuple[int, ...], seconds: Callable[[int], float], until: float
+) -> tuple[float, int, str]:
+    """The most items a second over growing batches, at which one, and why no larger one was tried (or nothing).
+
+    `seconds` of a batch may raise OutOfMemoryError, but for the first. No batch is begun that at twice the time of the
+    one before would end after `until`, by the monotonic clock.
+    """
+    rate, best, took = 0.0, 0, 0.0
+    for batch in batches:
+        if best and time.monotonic() + 2 * took > until:
+            return rate, best, f", no time for {batch}"
+        begun = time.monotonic()
+        try:
+            rate_now = batch / seconds(batch)
+        except torch.OutOfMemoryError:
+            if not best:
+                raise
+            return rate, best, f", {batch} does not fit"
+        took = time.monotonic() - begun
+        if rate_now < rate:
+            return rate, best, f", {batch} slower"
+        rate, best = rate_now, batch
+    return rate, best, ""
 
 
 class PlainTower(nn.Module):

@@ -31,6 +31,7 @@ class Case:
     rival_name: str = "by torch"
     rival_bar: float | None = None  # the rival's time over ours
     tolerance: float = 1e-2
+    differ: Callable[[Any, Any], float] = relative_error  # how far ours is from the reference
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Shapes:
     context: int = 300
     long_context: int = 4096
     prompts: int = 32
-    head_rows: int = 1046  # of a chunk of linear + cross-entropy
+    head_rows: int = 2093  # of a chunk of linear + cross-entropy
 
     def randn(self, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=dtype)
@@ -80,7 +81,7 @@ def measure(report: Report, *, dry: bool, deadline: float) -> Iterator[Result]:
 
 def results_of(report: Report, case: Case) -> Iterator[Result]:
     """A case's own result, and its rival's."""
-    error = relative_error(case.ours(), case.reference())
+    error = case.differ(case.ours(), case.reference())
     seconds = report.seconds(case.ours)
     kind = "copy" if case.moved else "bf16"
     amount = case.moved or case.flops
@@ -299,6 +300,45 @@ def _shared_cases(s: Shapes, scale: float) -> Iterator[Case]:
     )
 
 
+def tower_cases(s: Shapes) -> Iterator[Case]:
+    """Attention inside the vision tower is torch's. Ours would be the decode kernel: a patch is a sequence, and all
+    patches of an image share its keys."""
+    from vila2.kernels.attention_decode import paged_decode_triton
+
+    images, patches, heads = min(s.images, 16), s.patches, 16 if s.width % 16 == 0 and s.rows > 100 else 2
+    dim = s.width // heads
+    q, k, v = (s.randn(images, heads, patches, dim) for _ in range(3))
+    blocks = -(-patches // 16)
+    caches = torch.zeros(2, images, heads, blocks * 16, dim, device=s.device, dtype=BF16)
+    caches[0, :, :, :patches], caches[1, :, :, :patches] = k, v
+    caches = caches.view(2, images, heads, blocks, 16, dim).transpose(2, 3).flatten(1, 2).contiguous()
+    rows = q.transpose(1, 2).reshape(images * patches, heads, dim)
+
+    def numbers(*values: int, times: int = 1) -> Tensor:
+        return torch.arange(*values, dtype=torch.int32, device=s.device).repeat_interleave(times, 0)
+
+    tables = numbers(images * blocks).view(images, blocks).repeat_interleave(patches, 0)
+    whole = torch.full((images * patches,), patches, dtype=torch.int32, device=s.device)
+    shared = (whole, numbers(images + 1) * patches, numbers(images * patches))
+
+    def ours() -> Tensor:
+        return paged_decode_triton(rows, *caches, tables, whole, dim**-0.5, shared, spans=1)
+
+    def by_torch() -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(images * patches, -1)
+
+    yield Case(
+        "tower attention by torch",
+        f"{images} x {patches}, {heads} of {dim}",
+        by_torch,
+        ours,
+        flops=4.0 * images * patches**2 * s.width,
+        rival=ours,
+        rival_name="by us",
+        rival_bar=1.0,
+    )
+
+
 def rope_cases(s: Shapes) -> Iterator[Case]:
     from vila2.kernels.rope_store import rope_store_triton
     from vila2.ops.attention import rope_store_reference
@@ -347,8 +387,14 @@ def sampling_cases(s: Shapes) -> Iterator[Case]:
             lambda given=given: sample_reference(*given),
             moved=float(logits.nbytes) if name == "greedy" else 0.0,
             rival=(lambda: logits.argmax(-1)) if name == "greedy" else (lambda: logits.float().sort(-1)),
-            tolerance=1e-6 if name == "greedy" else 0.1,  # a draw on a boundary may fall to either side
+            differ=share_unequal,
+            tolerance=0.0 if name == "greedy" else 0.05,  # a draw on a boundary may fall to either side
         )
+
+
+def share_unequal(ours: Tensor, reference: Tensor) -> float:
+    """Which share of the tokens differs: of numbers that name things, distances say nothing."""
+    return float((ours != reference).float().mean())
 
 
 def repetition_cases(s: Shapes) -> Iterator[Case]:
@@ -386,6 +432,7 @@ MAKERS = (
     quantize_cases,
     rope_cases,
     attention_cases,
+    tower_cases,
     sampling_cases,
     repetition_cases,
 )

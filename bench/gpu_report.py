@@ -15,6 +15,8 @@ from common import append_row, commit, installed
 
 Call = Callable[[], object]
 
+ORDER = ("decode", "kernels", "precision", "training", "captions")  # sections, the one that matters most last
+
 
 @dataclass(frozen=True)
 class Result:
@@ -119,14 +121,31 @@ class Report:
         self.skipped.append((section, reason))
         print(f"{section}: skipped, {reason}", flush=True)
 
+    def table(self) -> list[str]:
+        """A line for each name, its shapes in one; what is wrong comes last, and before it what captions need.
+
+        Whoever reads the end of a log alone (12,000 characters, say) must find what matters there.
+        """
+        named: dict[tuple[str, str], list[Result]] = {}
+        for section, result in self.results:
+            named.setdefault((section, result.name), []).append(result)
+
+        def weight(entry: tuple[tuple[str, str], list[Result]]) -> tuple[bool, int]:
+            (section, _), results = entry
+            return not all(result.is_right for result in results), ORDER.index(section)
+
+        return [
+            f"{section:9} {_short(results)}" for (section, _), results in sorted(named.items(), key=weight)
+        ]
+
     def close(self) -> int:
         """Print the table; the exit status: 1 if anything was wrong or broke."""
         print(f"\n{self.facts['device']}, driver {self.facts['driver'] or '-'}, torch {self.facts['torch']}, "
               f"triton {self.facts['triton']}, commit {self.facts['commit']}")  # fmt: skip
         for kind, rate in self._ceilings.items():
             print(f"measured ceiling, {kind}: {rate / 1e12:.3g} T{'B' if kind == 'copy' else 'FLOP'}/s")
-        for section, result in self.results:
-            print(f"{section:9} {_line(result)}")
+        for line in self.table():
+            print(line)
         for section, reason in self.skipped:
             print(f"{section:9} skipped: {reason}")
         for section, trace in self.failures:
@@ -139,6 +158,29 @@ class Report:
             counts += f", {len(self.skipped)} skipped"
         print(f"{len(self.results)} results, {counts}")
         return 1 if wrong or self.failures else 0
+
+
+def _short(results: list[Result]) -> str:
+    """A line of at most 115 characters with its section, for the results of one name."""
+    first, count = results[0], len(results)
+    values = sorted(result.value for result in results)
+    ratios = sorted(result.ratio for result in results if result.ratio is not None)
+    shape = first.shape if count == 1 else f"{count} shapes"
+    parts = [f"{first.name:36.36} {shape:12.12} {_range(values):13} {first.unit:10.10}"]
+    if ratios:
+        parts.append(f"{_range(ratios)} of {first.against:.12}")
+    if wrong := sum(not result.is_right for result in results):
+        worst = max(result.error or 0.0 for result in results)
+        parts.append(f"{wrong} WRONG, error {worst:.1e}")
+    elif bars := [result for result in results if result.bar is not None]:
+        met = sum(result.verdict == "met" for result in bars)
+        parts.append(bars[0].verdict if count == 1 else f"{met}/{len(bars)} met")
+    return " ".join(parts)
+
+
+def _range(values: list[float]) -> str:
+    low, high = f"{values[0]:.3g}", f"{values[-1]:.3g}"
+    return low if low == high else f"{low}..{high}"
 
 
 def _line(result: Result) -> str:

@@ -1,5 +1,5 @@
 """Training on a GPU: kernels with a backward pass, linear + cross-entropy against eager torch, in memory and time, and
-a whole step of a decoder.
+a whole step of the trainer.
 
 "Eager" is the same maths by the references: every op with its Triton path switched off.
 """
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
+from gpu_captions import Size, build
 from gpu_kernels import Case, Shapes, results_of, shapes_for
 from gpu_report import Report, Result, relative_error
 from torch import Tensor
@@ -179,37 +181,61 @@ def _peak_bytes(report: Report, call: Callable[[], Any]) -> int:
 
 
 def _step(report: Report, sizes: Sizes) -> Iterator[Result]:
-    from vila2.model.decoder import Decoder, DecoderConfig, DenseAttend
+    """A step as `vila2-fast train` makes it: images, packed conversations, loss, gradients, clip and AdamW."""
     from vila2.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+    from vila2.train.loss import batch_loss
+    from vila2.train.optim import ParamGroup, build_optimizer
 
-    config = DecoderConfig(
-        sizes.vocab, sizes.width, sizes.inner, sizes.layers, sizes.heads, sizes.heads // 2, sizes.width // sizes.heads,
-        max(64, sizes.length),
-    )  # fmt: skip
+    size = Size(
+        "step", sizes.width, sizes.inner, sizes.layers, sizes.heads, sizes.heads // 2, sizes.vocab, 0, 0
+    )
     torch.manual_seed(0)
-    decoder = Decoder(config).to(report.device, torch.bfloat16)
-    tokens = torch.randint(0, sizes.vocab, (sizes.sequences * sizes.length,), device=report.device)
-    positions = torch.arange(sizes.length, device=report.device).repeat(sizes.sequences)
-    labels = tokens.roll(-1)
+    model = build(size, report.device, dry=report.is_dry).train()
+    model.vision.requires_grad_(False)
+    trained = [(name, part) for name, part in model.named_parameters() if part.requires_grad]
+    optimizer = build_optimizer([ParamGroup("all", trained, lr=1e-5)], "bf16")
+    batch = _conversations(model, sizes)
 
-    def step(loss_of: Callable[..., Tensor]) -> Tensor:
-        decoder.zero_grad(set_to_none=True)
-        attend = DenseAttend(positions, [sizes.length] * sizes.sequences, decoder.cos, decoder.sin)
-        hidden = decoder(decoder.embed(tokens), attend)
-        loss = loss_of(hidden, decoder.lm_head.weight, labels) / len(labels)
-        loss.backward()
-        return torch.cat([part.grad.flatten().float() for part in decoder.layers[0].parameters()])
+    def gradients(loss_of: Callable[..., Tensor]) -> Tensor:
+        optimizer.zero_grad()
+        with patch("vila2.train.loss.linear_cross_entropy", loss_of):
+            loss, labels = batch_loss(model, batch, report.device)
+        (loss / labels).backward()
+        return torch.cat([part.grad.flatten().float() for part in model.decoder.layers[0].parameters()])
 
-    def eager() -> Tensor:
+    def step(loss_of: Callable[..., Tensor]) -> None:
+        gradients(loss_of)
+        optimizer.clip_grad_norm(1.0)
+        optimizer.step(1.0)
+
+    def eagerly(call: Callable[[Callable[..., Tensor]], Any]) -> Any:
         with patch("vila2.ops.triton.has_triton", lambda: False):
-            return step(linear_cross_entropy_reference)
+            return call(linear_cross_entropy_reference)
 
-    def fast() -> Tensor:
-        return step(linear_cross_entropy)
-
-    error = relative_error(fast(), eager())
-    ours, theirs = report.seconds(fast, 3.0), report.seconds(eager, 3.0)
+    error = relative_error(gradients(linear_cross_entropy), eagerly(gradients))
+    ours = report.seconds(lambda: step(linear_cross_entropy), 3.0)
+    theirs = report.seconds(lambda: eagerly(step), 3.0)
+    shape = f"{sizes.layers} layers of {sizes.width}, {batch.num_rows} rows"
     yield Result(
-        "training step", f"{sizes.layers} layers of {sizes.width}, {len(tokens)} tokens", ours * 1e3, "ms",
-        theirs / ours, "eager's speed", 1.2, error, 5e-2,
+        "training step", shape, ours * 1e3, "ms", theirs / ours, "eager's speed", 1.2, error, 5e-2,
     )  # fmt: skip
+
+
+def _conversations(model: Any, sizes: Sizes) -> Any:
+    """A packed batch of conversations about an image each, at most `sizes.length` rows long; half is answers."""
+    from vila2.train.examples import VISUAL_TOKEN, EncodedExample, Row
+    from vila2.train.packing import pack
+
+    rng = np.random.default_rng(0)
+    processor, visual = model.config.image_processor(), model.config.tokens_per_tile
+    side = model.config.image_size
+    longest = max(4, sizes.length - visual)
+    examples = []
+    for index in range(sizes.sequences):
+        text = rng.integers(0, sizes.vocab, int(rng.integers(longest // 2, longest + 1)))
+        tokens = np.concatenate((np.full(visual, VISUAL_TOKEN), text))
+        row = Row(tokens, np.arange(len(tokens)) >= visual + len(text) // 2)
+        image = processor.prepare(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        nothing = Row(tokens[:0], row.in_loss[:0])
+        examples.append(EncodedExample(str(index), (image,), nothing, (row,)))
+    return pack(examples)

@@ -113,8 +113,8 @@ void rope_store(py::handle q_object, py::handle k_object, py::handle v_object, p
     const int64_t position = positions.as<int64_t>()[t], slot = slots.as<int64_t>()[t];
     if (position < 0 || position >= cos.shape[0])
       fail("positions", "rows of cos, got " + std::to_string(position));
-    if (slot < 0 || slot >= num_blocks * block_size)
-      fail("slots", "slots of the cache, got " + std::to_string(slot));
+    if (slot < -1 || slot >= num_blocks * block_size)
+      fail("slots", "slots of the cache, or -1 for none, got " + std::to_string(slot));
   }
   const vila2::cpu::RopeJob job{q.data,
                                 k.data,

@@ -224,6 +224,8 @@ def paged_decode_triton(
     lse = torch.empty(0 if is_whole else sequences * heads * num_parts, dtype=torch.float32, device=q.device)
     lens, group_starts, members = (context_lens,) * 3 if shared is None else shared
     block_n = _BLOCK_N if q.element_size() <= 2 and block_d <= 128 else _BLOCK_N // 2
+    # Exact products keep their operands in registers: eight warps share them out, of tiles with few rows.
+    is_exact = q.dtype == torch.float32
     _span_kernel[(sequences, kv_heads, spans)](
         q,
         k_cache,
@@ -249,13 +251,13 @@ def paged_decode_triton(
         BLOCK_M=max(_ROWS, triton.next_power_of_2(group)),
         BLOCK_N=block_n,
         BLOCK_D=block_d,
-        num_warps=4,
+        num_warps=8 if is_exact else 4,
         num_stages=3,
     )
     if is_whole:
         return out
     if shared is not None:
-        block_m = max(64, triton.next_power_of_2(group))
+        block_m = max(_ROWS if is_exact else 64, triton.next_power_of_2(group))
         per_tile = block_m // group
         _prefix_kernel[(len(members) // per_tile + len(group_starts) - 1, kv_heads)](
             q,
@@ -281,8 +283,9 @@ def paged_decode_triton(
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_D=block_d,
-            num_warps=4,
-            num_stages=3,
+            # With four warps groups that are no power of two and wide heads spill, with three stages some on 8.9.
+            num_warps=8,
+            num_stages=2,
         )
     _join_kernel[(sequences * heads,)](
         parts,

@@ -205,7 +205,7 @@ def paged_prefill_triton(
         PRECISION=precision_of(q),
         BLOCK_SIZE=block_size,
         BLOCK_M=block_m,
-        BLOCK_N=32 if exact or wide else 64,
+        BLOCK_N=16 if exact else 32 if wide else 64,
         BLOCK_D=block_d,
         num_warps=8,
         num_stages=2 if exact or wide else 3,

@@ -31,6 +31,8 @@ def _softmax_error_kernel(
     else:
         peak = tl.full((), float("-inf"), tl.float32)
         total = tl.zeros((), tl.float32)
+        # Read before the sums, whose reductions are barriers: after them, a warp that is ahead may have overwritten it.
+        chosen = tl.load(start + label).to(tl.float32)
         for first in range(0, vocab, BLOCK):
             at = first + tl.arange(0, BLOCK)
             x = tl.load(start + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
@@ -38,7 +40,6 @@ def _softmax_error_kernel(
             total = total * tl.exp(peak - higher) + tl.sum(tl.exp(x - higher), axis=0)
             peak = higher
         log_sum = peak + tl.log(total)
-        chosen = tl.load(start + label).to(tl.float32)
         tl.store(loss_ptr + row, log_sum - chosen)
         for first in range(0, vocab, BLOCK):
             at = first + tl.arange(0, BLOCK)

@@ -124,6 +124,7 @@ void rope_store_tokens(const RopeJob& job, int64_t token, int64_t token_end) {
     const float* sin = job.sin + job.positions[token] * half;
     In* q_out = static_cast<In*>(job.q_out) + token * job.heads * job.dim;
     for (int64_t h = 0; h < job.heads; ++h) rotate(q + h * job.dim, q_out + h * job.dim, cos, sin, half);
+    if (job.slots[token] < 0) continue;
     const int64_t block = job.slots[token] / job.block_size, offset = job.slots[token] % job.block_size;
     for (int64_t h = 0; h < job.kv_heads; ++h) {
       const int64_t at = ((block * job.kv_heads + h) * job.block_size + offset) * job.dim;

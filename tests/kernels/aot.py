@@ -4,6 +4,7 @@ Inside `compiling_for(capability)` a call of a kernel's public wrapper compiles 
 its arguments exactly as on a GPU (tensors may lie on the meta device). Triton's own cache keeps the cubins.
 """
 
+import csv
 import functools
 import re
 import subprocess
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import triton
@@ -20,7 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-CAPABILITIES = (80, 90, 100)
+if TYPE_CHECKING:
+    from tests.kernels.aot_cases import Case
+
+CAPABILITIES = (80, 89, 90, 100)
+REGISTERS = (
+    Path(__file__).parent / "registers.csv"
+)  # capability, case, kernel and its registers, as `record` found them
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -90,27 +97,59 @@ def _measure(kernel: Any, capability: int) -> Built:
     )
 
 
-def main() -> None:
-    """`python -m tests.kernels.aot 90`: a line of JSON for each kernel of the cases in `aot_cases` and `aot_low_bits`.
+def build(capability: int) -> Iterator[tuple["Case", Built]]:
+    """Every kernel of the cases in `aot_cases` and `aot_low_bits`.
 
-    Of 8.9 (Ada) only what it has beyond 8.0 is compiled: FP8.
+    Of 8.9 (Ada) only what it has beyond 8.0 is compiled, FP8, and attention, which has the fewest registers to spare.
     """
-    import json
-    import sys
-    from dataclasses import asdict
-
-    from tests.kernels.aot_cases import CASES
+    from tests.kernels.aot_cases import ATTENTION_CASES, CASES
     from tests.kernels.aot_low_bits import FP8_CASES, LOW_BIT_CASES
 
-    capability = int(sys.argv[1])
-    for case in FP8_CASES if capability == 89 else (*CASES, *LOW_BIT_CASES):
+    for case in (*ATTENTION_CASES, *FP8_CASES) if capability == 89 else (*CASES, *LOW_BIT_CASES):
         if not case.least_capability <= capability <= case.most_capability:
             continue
         with compiling_for(capability) as built:
             case.call()
         for kernel in built:
-            row = {"case": case.name, "max_stack": case.max_stack, **asdict(kernel)}
-            sys.stdout.write(json.dumps(row) + "\n")
+            yield case, kernel
+
+
+def record(capability: int) -> None:
+    """Write how many registers a thread of each kernel takes today: what the test holds it to."""
+    most: dict[tuple[int, str, str], int] = {}
+    for case, kernel in build(capability):
+        key = capability, case.name, kernel.name
+        most[key] = max(most.get(key, 0), kernel.registers)
+    rows = [(*key, count) for key, count in most.items()]
+    for other in CAPABILITIES:
+        if other != capability:
+            rows += [(other, *key, count) for key, count in recorded(other).items()]
+    with REGISTERS.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(sorted(rows))
+
+
+def recorded(capability: int) -> dict[tuple[str, str], int]:
+    """Registers by case and kernel."""
+    if not REGISTERS.exists():
+        return {}
+    with REGISTERS.open(newline="") as file:
+        return {
+            (case, name): int(count) for at, case, name, count in csv.reader(file) if int(at) == capability
+        }
+
+
+def main() -> None:
+    """`python -m tests.kernels.aot 90`: a line of JSON for each kernel; `record 90` writes its part of `REGISTERS`."""
+    import json
+    import sys
+    from dataclasses import asdict
+
+    if sys.argv[1] == "record":
+        record(int(sys.argv[2]))
+        return
+    for case, kernel in build(int(sys.argv[1])):
+        row = {"case": case.name, "max_stack": case.max_stack, **asdict(kernel)}
+        sys.stdout.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -179,18 +179,30 @@ def _ones() -> None:
     image_patches_triton(meta(1, 1, 1, 3, dtype=torch.uint8), 1, (0.5,) * 3, (0.5,) * 3, BF16)
 
 
+# VILA1.5-8B, NVILA-8B (Qwen2), VILA1.5-3B, and heads as wide as they may be; float32 is what tests of quality run.
+ATTENTION_CASES = (
+    Case("prefill 32/8 of 128", lambda: _prefill(HEADS, KV_HEADS, DIM, BF16)),
+    Case("prefill 28/4 of 128", lambda: _prefill(28, 4, DIM, BF16)),
+    Case("prefill 20/20 of 128", lambda: _prefill(20, 20, DIM, BF16)),
+    Case("prefill 16/2 of 256", lambda: _prefill(16, 2, 256, BF16)),
+    Case("prefill 9/3 of 64 float32", lambda: _prefill(9, 3, 64, F32), most_capability=80),
+    Case("prefill 32/8 of 128 float32", lambda: _prefill(HEADS, KV_HEADS, DIM, F32)),
+    Case("decode 64 of 32/8 of 128", lambda: _decode(64, HEADS, KV_HEADS, DIM, BF16)),
+    Case("decode 256 of 32/8 of 128", lambda: _decode(256, HEADS, KV_HEADS, DIM, BF16)),
+    Case("decode 64 of 32/8 of 128 float32", lambda: _decode(64, HEADS, KV_HEADS, DIM, F32)),
+    Case("decode 64 with shared prefixes", lambda: _decode(64, HEADS, KV_HEADS, DIM, BF16, shared=True)),
+    Case("decode 28/4 of 128 with shared prefixes", lambda: _decode(64, 28, 4, DIM, BF16, shared=True)),
+    Case("decode 20/20 of 128 with shared prefixes", lambda: _decode(64, 20, 20, DIM, BF16, shared=True)),
+    Case("decode 16/2 of 256 with shared prefixes", lambda: _decode(64, 16, 2, 256, BF16, shared=True)),
+    Case("decode float32 with shared prefixes", lambda: _decode(64, HEADS, KV_HEADS, DIM, F32, shared=True)),
+)
 CASES = (
+    *ATTENTION_CASES,
     Case("rms_norm", _rms_norm),
     Case("rms_norm training", _rms_norm_training),
     Case("layer_norm", _layer_norm),
     Case("rope_store", _rope_store),
     Case("rope", _rope),
-    Case("prefill 32/8 of 128", lambda: _prefill(HEADS, KV_HEADS, DIM, BF16)),
-    Case("prefill 16/2 of 256", lambda: _prefill(16, 2, 256, BF16)),
-    Case("prefill 9/3 of 64 float32", lambda: _prefill(9, 3, 64, F32), most_capability=80),
-    Case("decode 64 of 32/8 of 128", lambda: _decode(64, HEADS, KV_HEADS, DIM, BF16)),
-    Case("decode 256 of 32/8 of 128", lambda: _decode(256, HEADS, KV_HEADS, DIM, BF16)),
-    Case("decode 64 with shared prefixes", lambda: _decode(64, HEADS, KV_HEADS, DIM, BF16, shared=True)),
     Case("silu_mul", _silu_mul),
     Case("gelu", _gelu),
     Case("patches", _patches),

@@ -94,6 +94,28 @@ def test_training(as_on_cuda, device):
     } <= set(as_on_cuda)
 
 
+def test_packed_attention_rotates_in_the_kernel(as_on_cuda, device, monkeypatch):
+    from vila2.ops import segments
+    from vila2.ops.rope import rope_tables
+
+    layout = torch.tensor([(0, 3, 0, 0), (3, 5, 0, 3), (5, 9, 0, 3), (9, 12, 9, 9)])
+    q, k, v = (torch.randn(12, heads, 8, device=device, requires_grad=True) for heads in (4, 2, 2))
+    positions = torch.tensor([0, 1, 2, 3, 4, 3, 4, 5, 6, 0, 1, 2], device=device)
+    given = (positions, *(table.to(device) for table in rope_tables(8, 1e4, 8)), layout, 0.3)
+    monkeypatch.setattr(segments, "is_native_training", lambda *tensors: False)
+    padded = segments.pad_segments(layout, 12, q.device, skips_masks=True)
+    grads = []
+    for attend, more in (
+        (segments.rotary_segment_attention, (padded,)),
+        (segments.rotary_segment_attention_reference, ()),
+    ):
+        out = attend(q, k, v, *given, *more)
+        grads.append((out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert as_on_cuda == 4 * ["_rope_kernel"]  # q and k, and back
+
+
 def test_attention_takes_the_kernel_of_the_step(as_on_cuda, device):
     from vila2.ops.attention import paged_attention, paged_attention_reference, rope_store
     from vila2.ops.rope import rope_tables

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from itertools import pairwise
 from pathlib import Path
@@ -162,6 +163,91 @@ def test_a_row_says_on_what_it_was_measured(tmp_path, monkeypatch):
     assert "commit abc1234, NVIDIA H100 80GB HBM3, driver" in shown[0]
     assert [line.split(" | ")[1] for line in shown[-2:]] == ["gelu", "broken"]
     assert report.close() == 1
+
+
+def test_the_end_of_the_log_says_what_matters_in_a_few_thousand_characters(capsys):
+    import gpu_report
+
+    facts = {"device": "a card", "driver": "1", "torch": "2", "triton": "3", "commit": "abc"}
+    report = gpu_report.Report(facts, keeps_rows=False)
+    assert set(gpu_report.ORDER) == set(gpu_check.SECTIONS)
+    for section in gpu_check.SECTIONS:
+        for number in range(20):
+            result = gpu_report.Result(
+                f"a name of some length, {number}", "4096 x 4096 x 4096, 16 heads", 12345.678, "captions/s",
+                0.98765, "copy bandwidth", 0.85,
+            )  # fmt: skip
+            report.results.append((section, result))
+    for rows in range(9):
+        report.results.append(
+            (
+                "precision",
+                gpu_report.Result("int4 product", f"{rows} rows", rows, "us", 0.5, "copy", 0.4 + rows),
+            )
+        )
+    wrong = gpu_report.Result("gelu", "2 x 3", 4.0, "us", error=0.5, tolerance=0.1)
+    report.results.insert(0, ("kernels", wrong))
+    assert report.close() == 1
+    said = capsys.readouterr().out
+    lines = said.strip().splitlines()
+    assert len(said) < 12_000
+    assert max(map(len, lines)) <= 115
+    assert "gelu" in lines[-2]
+    assert "1 WRONG, error 5.0e-01" in lines[-2]
+    assert lines[-3].startswith("captions")
+    [summary] = [line for line in lines if "int4 product" in line]
+    assert "9 shapes" in summary
+    assert "1/9 met" in summary
+
+
+def test_tokens_are_compared_as_names():
+    import gpu_kernels
+    import torch
+
+    tokens = torch.arange(64) * 1000
+    others = tokens.clone()
+    others[:2] = 100_000
+    assert gpu_kernels.share_unequal(tokens, others) == 2 / 64 < 0.05
+
+
+def test_torch_saying_that_it_may_overlook_waits_is_no_wait():
+    import gpu_captions
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.warn(
+            "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations",
+            stacklevel=1,
+        )
+        assert gpu_captions.count_waits(caught) == 0
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        assert gpu_captions.count_waits(caught) == 1
+
+
+def test_the_rivals_batches_grow_until_they_are_no_better(monkeypatch):
+    import gpu_captions
+    import torch
+
+    clock = [0.0]
+    monkeypatch.setattr(gpu_captions.time, "monotonic", lambda: clock[0])
+
+    def best(rates, until=1000.0):
+        clock[0] = 0.0
+
+        def seconds(batch):
+            clock[0] += batch
+            if rates[batch] is None:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return batch / rates[batch]
+
+        return gpu_captions.best_batch((32, 64, 128), seconds, until)
+
+    assert best({32: 1.0, 64: 2.0, 128: 3.0}) == (3.0, 128, "")
+    assert best({32: 1.0, 64: 2.0, 128: 1.5}) == (2.0, 64, ", 128 slower")
+    assert best({32: 1.0, 64: None}) == (1.0, 32, ", 64 does not fit")
+    assert best({32: 1.0, 64: 2.0}, until=200.0) == (2.0, 64, ", no time for 128")
+    with pytest.raises(torch.OutOfMemoryError):
+        best({32: None})
 
 
 @pytest.mark.parametrize("file", sorted(path.stem for path in (ROOT / "kernels").glob("*.py")))

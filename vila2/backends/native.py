@@ -28,7 +28,7 @@ from vila2.backends.engine_dir import (
 )
 from vila2.config import RecaptionSettings
 from vila2.engine.engine import Engine, EngineLimits
-from vila2.engine.gpu_memory import fitting_batch_tokens, out_of_memory
+from vila2.engine.gpu_memory import fitting_batch_tokens, is_out_of_memory, out_of_memory
 from vila2.engine.measure import plan_card
 from vila2.engine.sequence import EngineRequest, Finished, ImageSpan
 from vila2.errors import UsageError
@@ -175,6 +175,9 @@ class NativeCaptioner:
 
     def _caption(self, finished: Finished) -> Caption:
         request = self._under_way.pop(finished.id)
+        if finished.finish_reason is FinishReason.ERROR:
+            error = SampleError(ErrorKind.ENGINE_ERROR, finished.error)
+            return Caption(finished.id, "", finish_reason=FinishReason.ERROR, error=error)
         text = self.checkpoint.tokenizer.decode(finished.token_ids)
         ends = [at for stop in request.sampling.stop if (at := text.find(stop)) >= 0]
         if ends:
@@ -259,7 +262,9 @@ def open_checkpoint(
             checkpoint, plan, device, batch_size, max_new_tokens, gpu_memory, processes, shares_images
         )
         return NativeCaptioner(checkpoint, plan, name, template or checkpoint.config.template, limits)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         free, total = torch.cuda.mem_get_info()
         raise out_of_memory("the model, its cache and its graphs are made", free=free, total=total) from None
 

@@ -18,6 +18,7 @@ from vila2.model.sample import Sample, embed_sample
 from vila2.model.vlm import VisionLanguageModel
 
 _NEAR = 0.1
+_BLOCK_SIZE = 16  # kernels are compiled for it: one block of each sample's length would compile them for each
 _ROWS_AT_ONCE = 32  # a vocabulary of 150,000 in float64 twice: 80 MB
 
 
@@ -118,12 +119,13 @@ def follow(model: VisionLanguageModel, sample: Sample, kv_dtype: torch.dtype) ->
     decoder, config = model.decoder, model.config.decoder
     device = decoder.cos.device
     count = len(sample)
-    shape = (config.num_layers, 2, 1, config.num_kv_heads, count, config.head_dim)
+    blocks = -(-count // _BLOCK_SIZE)
+    shape = (config.num_layers, 2, blocks, config.num_kv_heads, _BLOCK_SIZE, config.head_dim)
     attend = PagedAttend(
         cache=torch.zeros(shape, dtype=kv_dtype, device=device),
         positions=torch.arange(count, device=device),
         slots=torch.arange(count, device=device),
-        block_tables=torch.zeros(1, 1, dtype=torch.int32, device=device),
+        block_tables=torch.arange(blocks, dtype=torch.int32, device=device)[None],
         query_starts=torch.tensor([0, count], dtype=torch.int32, device=device),
         context_lens=torch.tensor([count], dtype=torch.int32, device=device),
         cos=decoder.cos,

@@ -137,7 +137,8 @@ def _flag(name: str, text: str) -> Callable[[Any], Any]:
 @click.option(
     "--resize",
     type=click.Choice(["exact", "fast"]),
-    help="Pillow's own pixels, or 2 to 10 times faster and at most 2 grey levels away. [exact]",
+    help="Pillow's own pixels, or 2 to 10 times faster and at most 2 grey levels away; beside DALI, fast resizes on "
+    "the GPU, at most 3 levels away, where the model takes one square of an image. [exact]",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[auto]")
 @click.option(

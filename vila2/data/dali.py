@@ -4,6 +4,10 @@ What comes out is what `decode_image` gives, within a few grey levels: DALI resa
 most 3 levels after resizing on the CPU). Everything that is no plain JPEG, and every JPEG that DALI cannot decode, is
 left to `decode_image`: its pixels and its typed errors are the product's. One bad image fails DALI's whole batch, so
 the sample that its error names is taken out and the rest runs again.
+
+One verdict differs: a JPEG of the right length whose bits were flipped may decode here, into damaged pixels, where
+`decode_image` calls it corrupt. Only decoding it once more on the CPU would tell, at the cost of all that DALI gains:
+who must know takes `--decoder cpu`.
 """
 
 import re
@@ -30,6 +34,7 @@ Decode = Callable[[bytes], Decoded]
 _Entry = tuple[bytes, "Future[Decoded | None]"]
 
 _SAMPLE = re.compile(r"sample #(\d+)")
+BATCH_SIZE = 64
 _GATHER_S = 0.002  # how long a batch waits for more images once it has one
 
 
@@ -53,7 +58,8 @@ class DaliDecoder:
     """`decode` from many threads; one thread gathers their images into batches of up to `batch_size` and runs DALI.
 
     With `side` pixels come out resized to side x side (bicubic, antialiased), on the device that decodes; `width` and
-    `height` of a `Decoded` are the image's own all the same. `device` is "mixed" (a GPU) or "cpu".
+    `height` of a `Decoded` are the image's own all the same. `device` is "mixed" (a GPU) or "cpu". A batch holds at
+    most one image of each thread that waits. Flipped bits inside a JPEG may pass as pixels (see the module).
     """
 
     def __init__(
@@ -61,7 +67,7 @@ class DaliDecoder:
         *,
         device: str = "mixed",
         side: int | None = None,
-        batch_size: int = 64,
+        batch_size: int = BATCH_SIZE,
         num_threads: int = 2,
         limits: DecodeLimits | None = None,
         apply_orientation: bool = True,

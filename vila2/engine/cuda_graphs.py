@@ -2,9 +2,9 @@
 
 A burst uploads what decides the next tokens of its sequences (block tables, places, random numbers), and runs its steps
 one after another on the device, where each reads the tokens that the one before sampled; the first reads those of the
-launch before, which nobody needs to have read (see vila2.engine.overlap). Rows that pad a batch repeat one of its
-sequences: they compute and write the very same values, so no kernel needs to know of them. On the CPU the same steps
-run without graphs, which is how they are tested.
+launch before, which nobody needs to have read (see vila2.engine.overlap). Rows that pad a batch read one of its
+sequences and write nothing: outside that sequence's group they sum in another order, and so may choose another token.
+On the CPU the same steps run without graphs, which is how they are tested.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vila2.engine.gpu_memory import is_out_of_memory
 from vila2.engine.grouping import group_by_prefix, max_groups
 from vila2.engine.runner import ModelRunner, PagedAttend
 from vila2.engine.sampler import device_choice
@@ -177,7 +178,7 @@ class DecodeBursts:
         attend = PagedAttend(
             runner.cache,
             positions,
-            blocks.long() * block_size + positions % block_size,
+            torch.where(slots < 0, -1, blocks.long() * block_size + positions % block_size),
             tables,
             self._starts[: size + 1],
             (positions + 1).int(),
@@ -222,7 +223,8 @@ def _capture(advance: Callable[[], None], pool: Any) -> tuple[Callable[[], None]
             advance()
     except RuntimeError as error:
         # A capture that memory ends cannot be closed either: say what came first.
-        if isinstance(error.__context__, torch.OutOfMemoryError):
-            raise error.__context__ from None
+        first = error.__context__
+        if first is not None and is_out_of_memory(first):
+            raise first from None
         raise
     return graph.replay, graph.pool()

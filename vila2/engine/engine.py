@@ -9,13 +9,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from vila2.engine.blocks import BlockPool
 from vila2.engine.cuda_graphs import DecodeBursts
-from vila2.engine.gpu_memory import CardPlan
+from vila2.engine.gpu_memory import CardPlan, is_out_of_memory
 from vila2.engine.overlap import Ahead
 from vila2.engine.repetition import find_loop, new_runs, update_runs
 from vila2.engine.runner import ModelRunner
@@ -26,6 +27,8 @@ from vila2.engine.slots import Slots
 from vila2.engine.speculation import MAX_DRAFT, Speculator, measure_step_cost
 from vila2.model.vlm import VisionLanguageModel
 from vila2.types import FinishReason
+
+_Made = TypeVar("_Made")
 
 _PROBE_CONTEXT = 256  # tokens: about an image and half a caption
 
@@ -164,10 +167,10 @@ class Engine:
         """Advance everything by one step; returns what ended in it."""
         if self.ahead is not None:
             return self._step_ahead(self.ahead)
-        self._encode_ahead()
+        failed = self._encode_ahead()
         step = self.scheduler.schedule(self._is_encoded)
         if not step.chunks:
-            return []
+            return failed
         self._add_drafts(step)
         start = time.perf_counter()
         self.runner.copy(step.copies)
@@ -185,7 +188,7 @@ class Engine:
         self.counters.steps += 1
         self.counters.computed_tokens += sum(chunk.num_rows for chunk in step.chunks)
         self.counters.sequence_steps += len(wanting)
-        return finished
+        return failed + finished
 
     def _step_ahead(self, ahead: Ahead) -> list[Finished]:
         """Launch the next step or burst, then read the tokens of the one before. See vila2.engine.overlap."""
@@ -194,18 +197,18 @@ class Engine:
             finished = self._land(
                 ahead, 0
             )  # who is preempted gives up its tokens' cache, so they must be known
-        self._encode_ahead()
+        finished += self._encode_ahead()
         step = self.scheduler.schedule(self._is_encoded)
         start = time.perf_counter()
         if step.chunks:
             rows = sum(chunk.num_rows for chunk in step.chunks)
             embeddings = [self._embeddings(chunk.sequence) for chunk in step.chunks]
-            try:
-                count = ahead.launch(step, self.scheduler, embeddings)
-            except torch.OutOfMemoryError:
+            count = _unless_full(lambda: ahead.launch(step, self.scheduler, embeddings))
+            if count is None:
+                finished += self._land(ahead, 0)  # who is preempted must have all of its tokens
                 if not self._retreat(step):
-                    raise self.runner.out_of_memory(f"computing {rows} tokens") from None
-                return finished + self._land(ahead, 0)
+                    raise self.runner.out_of_memory(f"computing {rows} tokens")
+                return finished
             self.counters.steps += count
             self.counters.computed_tokens += count * rows
         finished += self._land(ahead, 1 if step.chunks and self.limits.overlap else 0)
@@ -213,14 +216,28 @@ class Engine:
         return finished
 
     def _retreat(self, step: Step) -> bool:
-        """Memory has run out in a step: its prefills begin again later, in smaller batches. False: none are smaller."""
-        least = self.limits.max_num_seqs + 1
-        prefills = [chunk.sequence for chunk in step.chunks if not chunk.sequence.is_decoding]
-        if not prefills or self.scheduler.max_batch_tokens <= least:
+        """Memory has run out in a step: its prefills begin again later, in smaller batches.
+
+        Where there are none, or batches cannot be smaller, half of the sequences begin again later, and there are never
+        as many again. False: one is left.
+        """
+        scheduler = self.scheduler
+        least = scheduler.max_num_seqs + 1
+        prefills = [
+            chunk.sequence
+            for chunk in step.chunks
+            if not chunk.sequence.is_decoding and not chunk.sequence.is_done
+        ]
+        kept = len(scheduler.running)
+        if prefills and scheduler.max_batch_tokens > least:
+            scheduler.max_batch_tokens = max(scheduler.max_batch_tokens // 2, least)
+        elif kept > 1:
+            scheduler.max_num_seqs = kept = kept // 2
+        elif kept == len(step.chunks):  # else some have ended meanwhile, and fewer are left without that
             return False
-        for sequence in reversed(prefills):
-            self.scheduler.preempt(sequence)
-        self.scheduler.max_batch_tokens = max(self.scheduler.max_batch_tokens // 2, least)
+        victims = {id(sequence) for sequence in (*prefills, *scheduler.running[kept:])}
+        for sequence in reversed([one for one in scheduler.running if id(one) in victims]):
+            scheduler.preempt(sequence)
         self.counters.retreats += 1
         self.runner.clear_memory()
         return True
@@ -307,8 +324,11 @@ class Engine:
         assert embeddings is not None
         return embeddings
 
-    def _encode_ahead(self) -> None:
-        """Encode a batch of images when fewer waiting sequences are ready than could start now."""
+    def _encode_ahead(self) -> list[Finished]:
+        """Encode a batch of images when fewer waiting sequences are ready than could start now.
+
+        Returns the ends of requests whose images no batch is small enough for.
+        """
         room = self.limits.max_num_seqs - len(self.scheduler.running)
         lacking: OrderedDict[Hashable, EngineRequest] = OrderedDict()
         num_ready = num_tiles = 0
@@ -316,7 +336,7 @@ class Engine:
             if self._is_encoded(sequence):
                 num_ready += 1
                 if num_ready >= max(room, 1):
-                    return
+                    return []
                 continue
             request = sequence.request
             tiles = sum(len(image.tiles) for image in request.images)
@@ -326,22 +346,40 @@ class Engine:
                 lacking[_image_key(request)] = request
                 num_tiles += tiles
         if not lacking:
-            return
+            return []
         start = time.perf_counter()
         images = [image for request in lacking.values() for image in request.images]
-        try:
-            rows = iter(self.runner.encode(images))
-        except torch.OutOfMemoryError:
-            if len(lacking) == 1:
-                raise self.runner.out_of_memory(f"encoding an image of {num_tiles} tiles") from None
-            self.limits = replace(self.limits, vision_batch=max(1, num_tiles // 2))
+        encoded = _unless_full(lambda: self.runner.encode(images))
+        if encoded is None:
             self.counters.retreats += 1
             self.runner.clear_memory()
-            return
+            if len(lacking) > 1:
+                self.limits = replace(self.limits, vision_batch=max(1, num_tiles // 2))
+                return []
+            encoded = _unless_full(lambda: self.runner.encode(images))  # with all the memory that can be had
+        if encoded is None:
+            error = self.runner.out_of_memory(f"encoding an image of {num_tiles} tiles")
+            if num_tiles == 1:
+                raise error  # no image is smaller
+            [key] = lacking
+            return self._fail(key, str(error))
+        rows = iter(encoded)
         for key, request in lacking.items():
             self._encoded[key].embeddings = [next(rows) for _ in request.images]
         self.counters.images_encoded += len(images)
         self.counters.vision_s += time.perf_counter() - start
+        return []
+
+    def _fail(self, key: Hashable, error: str) -> list[Finished]:
+        """End the waiting requests for an image, which cannot be had."""
+        ends = []
+        for sequence in list(self.scheduler.waiting):
+            request = sequence.request
+            if request.images and _image_key(request) == key:
+                self.scheduler.drop(sequence)
+                self._forget_image(request)
+                ends.append(Finished(request.id, (), FinishReason.ERROR, sequence.num_prompt_tokens, error))
+        return ends
 
     def _forget_image(self, request: EngineRequest) -> None:
         """A request has ended: drop its images unless siblings use or will use them."""
@@ -424,6 +462,20 @@ def make_ahead(runner: ModelRunner, limits: EngineLimits, room: int, eos_ids: fr
     )
     bursts.warm_up()
     return Ahead(runner, bursts, slots, room)
+
+
+def _unless_full(work: Callable[[], _Made]) -> _Made | None:
+    """What `work` makes; None if the device's memory ended.
+
+    The error ends here: as long as it is handled, its traceback holds the tensors that `work` had made, and no memory
+    can be given back.
+    """
+    try:
+        return work()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
 
 
 def _image_key(request: EngineRequest) -> Hashable:

@@ -3,10 +3,12 @@
 The cache is taken whole at the start, and what steps and graphs need besides is measured before at its largest (see
 vila2.engine.measure), so a run that starts does not run out of memory in the middle. The same is reckoned here from
 the model's shape: it stands beside the measured figures, and for them where they cannot be right. Should both be
-wrong, the engine makes its batches smaller (`Engine.step`) and goes on.
+wrong, the engine makes its batches smaller, or takes fewer sequences (`Engine.step`), and goes on.
 """
 
 from dataclasses import dataclass
+
+import torch
 
 from vila2.errors import UsageError
 from vila2.model.vlm import ModelConfig
@@ -126,6 +128,17 @@ def fitting_batch_tokens(
             )
         tokens = max(tokens // 2, max_num_seqs)
     return tokens
+
+
+# torch raises an error of its own; its libraries and Triton say it in words.
+_FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device's memory has ended."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
 
 
 def out_of_memory(doing: str, *, free: int, total: int) -> UsageError:

@@ -7,7 +7,6 @@ be right, since another process took or gave memory meanwhile, is replaced by th
 """
 
 import gc
-from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 
 from vila2.engine.cuda_graphs import padded_sizes
 from vila2.engine.engine import EngineLimits, make_ahead
-from vila2.engine.gpu_memory import CardPlan, Needs, reckon_needs
+from vila2.engine.gpu_memory import CardPlan, Needs, is_out_of_memory, reckon_needs
 from vila2.engine.runner import ModelRunner
 from vila2.model.vlm import VisionLanguageModel
 
@@ -41,8 +40,11 @@ def plan_card(
     """
     while True:
         needs = None
-        with suppress(torch.OutOfMemoryError):
+        try:
             needs = measure_needs(model, limits, kv_dtype, eos_ids, room)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
         count = limits.max_num_seqs
         if needs is not None:
             free, total = torch.cuda.mem_get_info()

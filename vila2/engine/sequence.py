@@ -48,12 +48,16 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of a request: its new tokens (end-of-sequence token and cut loops excluded) and why it ended."""
+    """The end of a request: its new tokens (end-of-sequence token and cut loops excluded) and why it ended.
+
+    With `finish_reason` ERROR, `error` says what could not be done.
+    """
 
     id: int
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     num_prompt_tokens: int
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)

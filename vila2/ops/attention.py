@@ -30,11 +30,15 @@ def rope_store_reference(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> Tensor:
-    """Rotate q (T, H, D) and k (T, KVH, D) to `positions` (T,), write k and v at `slots` (T,); returns q rotated."""
-    blocks = slots // k_cache.shape[2]
-    offsets = slots % k_cache.shape[2]
-    k_cache[blocks, :, offsets] = apply_rope_reference(k, positions, cos, sin).to(k_cache.dtype)
-    v_cache[blocks, :, offsets] = v.to(v_cache.dtype)
+    """Rotate q (T, H, D) and k (T, KVH, D) to `positions` (T,), write k and v at `slots` (T,); returns q rotated.
+
+    What has slot -1 is not written: rows that only pad a batch.
+    """
+    written = slots >= 0
+    blocks = slots[written] // k_cache.shape[2]
+    offsets = slots[written] % k_cache.shape[2]
+    k_cache[blocks, :, offsets] = apply_rope_reference(k, positions, cos, sin)[written].to(k_cache.dtype)
+    v_cache[blocks, :, offsets] = v[written].to(v_cache.dtype)
     return apply_rope_reference(q, positions, cos, sin)
 
 
@@ -90,7 +94,7 @@ def rope_store(
     """Rotate q and k, store k and v; returns q rotated, (T, H, D). q, k and v may be slices of one tensor.
 
     Shapes as in `rope_store_reference`. Raises ValueError for a position or a slot out of range, and for heads
-    that do not lie side by side; on CUDA positions and slots are not checked, and a negative slot is not written.
+    that do not lie side by side; on CUDA positions and slots are not checked.
     """
     if is_native(q, k, v) and is_native(k_cache, v_cache):
         rotated = q.new_empty(q.shape)

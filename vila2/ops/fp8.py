@@ -3,8 +3,9 @@
     y = (x8 @ w8.T) * x_scale * w_scale + bias,      x = x8 * x_scale,   w = w8 * w_scale
 
 Products of e4m3 values are exact in float32; only their sums are rounded. On cards of capability 9.0 and up torch's
-own `_scaled_mm` (CUTLASS, scales by row) multiplies, where the sizes are multiples of 16; a Triton kernel does the
-rest, and cards of 8.9. Older cards have no such units. On the CPU the reference emulates it.
+own `_scaled_mm` with scales by row multiplies (by CUTLASS, or by cuBLASLt with CUDA 13 on 9.0), where the sizes are
+multiples of 16; a Triton kernel does the rest, and cards of 8.9. Older cards have no such units. On the CPU the
+reference emulates it.
 """
 
 from dataclasses import dataclass, replace

@@ -3,9 +3,14 @@
 `segments` (S, 4) int64 on the CPU holds `start, end, prefix_start, prefix_end`: the rows `start..end - 1` see each
 other causally and every row of `prefix_start..prefix_end - 1`. A prefix is itself a segment whose own prefix is
 empty. Own rows of different segments do not overlap; rows in no segment come out as zeros.
+
+Where `_C` is not the one to do it, torch's attention takes the segments in padded batches. What it needs of indices and
+masks is the same for every layer, so a caller may make it once (`pad_segments`): on CUDA the layers then neither copy
+anything there nor wait.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from vila2.ops.native import is_native_training, native
-from vila2.ops.rope import apply_rope_reference
+from vila2.ops.rope import apply_rope, apply_rope_reference
 
 MAX_HEAD_DIM = 256  # what the kernels of `_C` have room for
 
@@ -49,15 +54,20 @@ def segment_attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Tenso
     return out.index_copy(0, torch.cat(rows), torch.cat(pieces).to(q.dtype))
 
 
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Tensor:
+def segment_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float, padded: "PaddedSegments | None" = None
+) -> Tensor:
     """Attention of packed segments: q (T, H, D), k and v (T, KVH, D) to (T, H * D). Differentiable.
 
-    `segments` (S, 4) as the module says, on the CPU. Raises ValueError for rows out of range or owned twice.
+    `segments` (S, 4) as the module says, on the CPU; `padded`, if the caller has it, is `pad_segments` of them on the
+    device of q. Raises ValueError for rows out of range or owned twice.
     """
-    check_segments(q, k, v, segments)
-    if _is_fast(q, k, v):
-        return _SegmentAttention.apply(q, k, v, None, None, None, segments, scale)  # type: ignore[no-untyped-call]
-    return _padded_attention(q, k, v, segments, scale)
+    if padded is None:
+        check_segments(q, k, v, segments)
+        if _is_fast(q, k, v):
+            return _SegmentAttention.apply(q, k, v, None, None, None, segments, scale)  # type: ignore[no-untyped-call]
+        padded = pad_segments(segments, len(q), q.device)
+    return _padded_attention(q, k, v, padded, scale)
 
 
 def rotary_segment_attention_reference(
@@ -84,16 +94,17 @@ def rotary_segment_attention(
     sin: Tensor,
     segments: Tensor,
     scale: float,
+    padded: "PaddedSegments | None" = None,
 ) -> Tensor:
     """Rotary positions and packed attention in one; shapes as in `segment_attention`, tables as in `rope_tables`.
 
     Raises ValueError for positions out of range (on the CPU), and for rows out of range or owned twice.
     """
-    if _is_fast(q, k, v) and q.shape[-1] % 2 == 0:
+    if padded is None and _is_fast(q, k, v) and q.shape[-1] % 2 == 0:
         check_segments(q, k, v, segments)
         return _SegmentAttention.apply(q, k, v, positions, cos, sin, segments, scale)  # type: ignore[no-untyped-call]
-    q, k = (apply_rope_reference(x, positions, cos, sin) for x in (q, k))
-    return segment_attention(q, k, v, segments, scale)
+    q, k = (apply_rope(x, positions, cos, sin) for x in (q, k))
+    return segment_attention(q, k, v, segments, scale, padded)
 
 
 def _is_fast(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -169,6 +180,10 @@ def check_segments(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> None:
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not belong together: expected "
             "(T, H, D), and twice (T, KVH, D) with KVH a divisor of H"
         )
+    _check_rows(segments, tokens)
+
+
+def _check_rows(segments: Tensor, tokens: int) -> None:
     if segments.device.type != "cpu" or segments.dtype != torch.int64 or segments.shape[1:] != (4,):
         raise ValueError(
             f"segments must be int64 (S, 4) on the CPU, got {segments.dtype} {tuple(segments.shape)}"
@@ -182,47 +197,110 @@ def check_segments(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> None:
         raise ValueError("own rows of segments must not overlap")
 
 
-def _padded_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Tensor:
-    """Segments of like lengths padded to one batch each, which torch's own attention takes."""
-    tokens, heads, dim = q.shape
-    out = q.new_zeros(tokens, heads * dim)
-    shared = heads != k.shape[1]
-    for start, length, prefix_start, seen in _buckets(segments):
-        own = torch.arange(int(length.max()))
-        prefix = torch.arange(int(seen.max()))
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """Segments of like lengths as one batch: the rows that each place holds, and what a query sees of the keys."""
+
+    q_rows: Tensor  # (segments, queries) int64
+    k_rows: Tensor  # (segments, keys) int64
+    visible: (
+        Tensor | None
+    )  # (segments, 1, queries, keys); None: keys are the queries' rows, and each sees those before
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedSegments:
+    """Segments as batches on one device. Made by `pad_segments`."""
+
+    buckets: list[_Bucket]
+    source: (
+        Tensor  # (T,) int64: the place of each row among all buckets' queries, and after them one of zeros
+    )
+
+
+def pad_segments(
+    segments: Tensor, tokens: int, device: torch.device, *, skips_masks: bool | None = None
+) -> PaddedSegments:
+    """Segments (S, 4) of `tokens` rows, padded to batches whose lengths are alike.
+
+    `skips_masks`: batches without a prefix have no mask, which torch's fast kernels do not take; by default on CUDA.
+    Raises ValueError for rows out of range or owned twice. The host waits for nothing.
+    """
+    _check_rows(segments, tokens)
+    if skips_masks is None:
+        skips_masks = device.type == "cuda"
+    buckets, source, place = [], torch.full((tokens,), -1, dtype=torch.int64), 0
+    for bounds in _buckets(segments):
+        starts, lengths, _, seen = bounds.tolist()
+        longest, longest_prefix = max(lengths), max(seen)
+        for start, length in zip(starts, lengths, strict=True):
+            source[start : start + length] = torch.arange(place, place + length)
+            place += longest
+        start, length, prefix_start, seen = _upload(bounds, device)
+        own = torch.arange(longest, device=device)
         q_rows = start[:, None] + own.minimum(length[:, None] - 1)  # beyond the end: the last row again
+        if skips_masks and not longest_prefix:
+            # Rows beyond the end come after all others: none of those sees them.
+            buckets.append(_Bucket(q_rows, q_rows, None))
+            continue
+        prefix = torch.arange(longest_prefix, device=device)
         prefix_rows = prefix_start[:, None] + prefix.minimum((seen[:, None] - 1).clamp(min=0))
         # A segment without a prefix may name rows beyond the end; they are masked, but must exist.
         k_rows = torch.cat((prefix_rows.clamp(max=tokens - 1), q_rows), dim=1)
-        within = own < length[:, None]
         visible = torch.cat(
             (
-                (prefix < seen[:, None])[:, None].expand(-1, len(own), -1),
-                (own <= own[:, None]) & within[:, None],
+                (prefix < seen[:, None])[:, None].expand(-1, longest, -1),
+                (own <= own[:, None]) & (own < length[:, None])[:, None],
             ),
             dim=2,
         )
-        q_rows, k_rows, visible, within = (x.to(q.device) for x in (q_rows, k_rows, visible, within))
+        buckets.append(_Bucket(q_rows, k_rows, visible[:, None]))
+    source[source < 0] = place
+    return PaddedSegments(buckets, _upload(source, device))
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # torch keeps such memory until the copy is through
+    return tensor.to(device, non_blocking=True)
+
+
+def _padded_attention(q: Tensor, k: Tensor, v: Tensor, padded: PaddedSegments, scale: float) -> Tensor:
+    """Each bucket by torch's own attention, and the rows put back where they belong."""
+    heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[2]
+    pieces = []
+    for bucket in padded.buckets:
         queries, keys, values = (
             x.index_select(0, rows.flatten()).view(*rows.shape, -1, dim).transpose(1, 2)
-            for x, rows in ((q, q_rows), (k, k_rows), (v, k_rows))
+            for x, rows in ((q, bucket.q_rows), (k, bucket.k_rows), (v, bucket.k_rows))
         )
+        if q.is_cuda and bucket.visible is not None and heads != kv_heads:
+            # Of torch's kernels there, the one that takes a mask wants as many heads of keys as of queries.
+            keys, values = (
+                x[:, :, None].expand(-1, -1, heads // kv_heads, -1, -1).flatten(1, 2) for x in (keys, values)
+            )
         mixed = functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=visible[:, None], scale=scale, enable_gqa=shared
+            queries,
+            keys,
+            values,
+            attn_mask=bucket.visible,
+            is_causal=bucket.visible is None,
+            scale=scale,
+            enable_gqa=keys.shape[1] != heads,
         )
-        mixed = mixed.transpose(1, 2).reshape(*q_rows.shape, heads * dim)
-        out = out.index_copy(0, q_rows[within], mixed[within])
-    return out
+        pieces.append(mixed.transpose(1, 2).reshape(-1, heads * dim))
+    # One selection of rows: a mask of them would make the host wait to know how many they are.
+    return torch.cat((*pieces, q.new_zeros(1, heads * dim))).index_select(0, padded.source)
 
 
-def _buckets(segments: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Segments that are not empty as (start, length, prefix_start, prefix_length), lengths in a bucket alike."""
+def _buckets(segments: Tensor) -> list[Tensor]:
+    """Segments that are not empty as rows start, length, prefix_start, prefix_length (4, n), lengths alike."""
     lengths, seen = (segments[:, 1] - segments[:, 0]), (segments[:, 3] - segments[:, 2])
     groups: dict[tuple[int, int], list[int]] = {}
     for index, (length, prefix) in enumerate(zip(lengths.tolist(), seen.tolist(), strict=True)):
         if length:
             groups.setdefault((_step(length), _step(prefix)), []).append(index)
-    return [(segments[at, 0], lengths[at], segments[at, 2], seen[at]) for at in groups.values()]
+    return [torch.stack((segments[at, 0], lengths[at], segments[at, 2], seen[at])) for at in groups.values()]
 
 
 def _step(length: int) -> int:

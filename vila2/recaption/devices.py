@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vila2.config import RecaptionSettings
+from vila2.data.dali import choose_decoder
 from vila2.errors import UsageError
+from vila2.recaption.work import default_decode_workers
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -53,6 +55,8 @@ def settings_of(
     device = devices[number]
     # Beside a GPU the cores decode; beside a model on the CPU, half of them do.
     decoding = min(16, cores // count if device.kind == "cuda" else cores // (2 * count))
+    if device.kind == "cuda" and choose_decoder(settings.decoder, on_gpu=True) == "dali":
+        decoding = default_decode_workers("dali")
     if settings.decode_workers is not None:
         decoding = settings.decode_workers // count
     native = settings.backend == "native"

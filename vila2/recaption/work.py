@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vila2.backends import Captioner
 from vila2.config import RecaptionSettings
-from vila2.data.dali import DaliDecoder, choose_decoder
+from vila2.data.dali import BATCH_SIZE, DaliDecoder, choose_decoder
 from vila2.data.decode import Decoded, DecodeError, DecodeLimits, decode_image, image_digest
 from vila2.data.done import DoneSet
 from vila2.data.source import Shard, ShardRange, Source, assign
@@ -179,8 +179,19 @@ def open_decoder(
     return DaliDecoder(device=device, side=side, limits=limits, apply_orientation=upright).decode
 
 
-def default_decode_workers() -> int:
-    """Threads that decode: they run beside the model, which uses every core, and seldom need more than a few."""
+def decode_workers(settings: RecaptionSettings, captioner: Captioner) -> int:
+    """Threads that decode: as many as the settings say, else by what decodes."""
+    on_gpu = bool(getattr(captioner, "is_on_gpu", False))
+    return settings.decode_workers or default_decode_workers(choose_decoder(settings.decoder, on_gpu=on_gpu))
+
+
+def default_decode_workers(decoder: str) -> int:
+    """Threads that decode: they run beside the model, which uses every core, and seldom need more than a few.
+
+    Where DALI decodes they only wait for it: enough of them for the batch that it decodes and for the next one.
+    """
+    if decoder == "dali":
+        return 2 * BATCH_SIZE
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(2, min(16, cores // 2))
 

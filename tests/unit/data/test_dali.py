@@ -2,14 +2,18 @@
 
 import io
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vila2.data.dali import DaliDecoder, choose_decoder
+from vila2.config import RecaptionSettings
+from vila2.data.dali import BATCH_SIZE, DaliDecoder, choose_decoder
 from vila2.data.decode import DecodeError, DecodeLimits, decode_image
 from vila2.errors import UsageError
+from vila2.recaption.devices import Device, settings_of
+from vila2.recaption.work import decode_workers
 
 dali = pytest.mark.dali
 
@@ -117,3 +121,17 @@ def test_the_decoder_is_chosen_by_what_is_there(monkeypatch):
 def test_an_unknown_device_is_refused():
     with pytest.raises(ValueError, match="mixed or cpu"):
         DaliDecoder(device="gpu")
+
+
+def test_enough_threads_wait_to_fill_dalis_batches(monkeypatch):
+    settings = RecaptionSettings(source="s", model="m", out="o")
+    on_gpu, on_cpu = SimpleNamespace(is_on_gpu=True), SimpleNamespace()
+    monkeypatch.setattr("vila2.data.dali.has_dali", lambda: True)
+    assert decode_workers(settings, on_gpu) == 2 * BATCH_SIZE
+    assert decode_workers(settings, on_cpu) <= 16
+    assert decode_workers(settings.model_copy(update={"decode_workers": 3}), on_gpu) == 3
+    gpus = [Device(f"GPU {number}", "cuda", {}) for number in range(2)]
+    assert settings_of(settings, 0, gpus, 8).decode_workers == 2 * BATCH_SIZE
+    monkeypatch.setattr("vila2.data.dali.has_dali", lambda: False)
+    assert decode_workers(settings, on_gpu) <= 16
+    assert settings_of(settings, 0, gpus, 8).decode_workers == 4

@@ -11,6 +11,7 @@ from tests.checkpoints import write_llava
 from tests.unit.engine.engines import engine_requests, photo, with_limits
 from vila2.backends.native import NativeCaptioner
 from vila2.engine.cuda_graphs import padded_sizes
+from vila2.ops.attention import rope_store
 from vila2.types import CaptionRequest, RepetitionRule, SamplingParams
 
 
@@ -122,6 +123,26 @@ def test_a_capture_that_memory_ends_says_so(llava, monkeypatch):
     engine.runner.device = SimpleNamespace(type="cuda")
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         engine.ahead.bursts.warm_up()
+
+
+def test_rows_that_pad_a_batch_write_nothing(llava, monkeypatch):
+    stored = []
+
+    def store(q, k, v, positions, slots, *more):
+        stored.append(slots.tolist())
+        return rope_store(q, k, v, positions, slots, *more)
+
+    captioner = with_limits(llava, max_num_seqs=7, burst=3)
+    monkeypatch.setattr("vila2.engine.runner.rope_store", store)
+    monkeypatch.setattr("vila2.engine.cuda_graphs.padded_sizes", lambda most: [most])
+    captions(captioner, SAMPLINGS[:3])
+    padded = [slots for slots in stored if -1 in slots]
+    assert padded
+    for slots in padded:
+        live = [slot for slot in slots if slot >= 0]
+        assert len(slots) == 7
+        assert 1 <= len(live) <= 3
+        assert len(set(live)) == len(live)  # nobody writes where another does
 
 
 def test_padded_sizes():

@@ -10,6 +10,7 @@ from vila2.engine.gpu_memory import (
     activation_bytes,
     fitting_batch_tokens,
     graph_bytes,
+    is_out_of_memory,
     out_of_memory,
     reckon_needs,
 )
@@ -99,3 +100,17 @@ def test_no_memory_at_the_start_is_one_line_with_sizes(tmp_path, monkeypatch, pl
         UsageError, match=r"^out of GPU memory while the model, its cache .* are made: 1\.0 GiB of 16"
     ):
         open_checkpoint(path, device="cpu", precision="float32", threads=1)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_says_that_memory_has_ended(error, is_full):
+    assert is_out_of_memory(error) == is_full

@@ -1,7 +1,10 @@
 """The device ahead of the host: what is launched before what is read, and that no token changes by it."""
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,11 +12,12 @@ from tests.checkpoints import write_llava
 from tests.unit.engine.engines import another_engine, engine_requests, photo, with_limits
 from tests.unit.engine.test_cuda_graphs import SAMPLINGS, captions
 from vila2.backends.native import NativeCaptioner
+from vila2.engine.cuda_graphs import DecodeBursts
 from vila2.engine.engine import Engine
 from vila2.engine.overlap import Ahead, Flight
 from vila2.engine.runner import ModelRunner
 from vila2.errors import UsageError
-from vila2.types import CaptionRequest, FinishReason, RepetitionRule, SamplingParams
+from vila2.types import CaptionRequest, ErrorKind, FinishReason, RepetitionRule, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +163,68 @@ def test_a_step_that_finds_no_memory_is_done_again_in_smaller_ones(llava, monkey
             raise torch.OutOfMemoryError("CUDA out of memory")
         return run(self, chunks, *more)
 
+    handled = []
+    monkeypatch.setattr(ModelRunner, "clear_memory", lambda self: handled.append(sys.exc_info()[0]))
     monkeypatch.setattr(ModelRunner, "run", short)
     assert captions(captioner, SAMPLINGS) == plain
+    # An error that is being handled keeps the tensors of the step that failed.
+    assert handled == [None, None]
     assert captioner.engine.scheduler.max_batch_tokens == 16
     assert captioner.engine.counters.retreats == 2
     assert max(most[:2]) > 20 >= max(most[2:])
+
+
+def test_a_burst_that_finds_no_memory_is_done_again_with_fewer_sequences(llava, monkeypatch):
+    plain = captions(with_limits(llava, max_num_seqs=5), SAMPLINGS)
+    captioner = with_limits(llava, max_num_seqs=5, burst=4)
+    launch, most = DecodeBursts.launch, []
+
+    def short(self, sequences, count):
+        most.append(len(sequences))
+        if len(sequences) > 2:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return launch(self, sequences, count)
+
+    monkeypatch.setattr(DecodeBursts, "launch", short)
+    assert captions(captioner, SAMPLINGS) == plain
+    assert captioner.engine.scheduler.max_num_seqs in (1, 2)
+    assert captioner.engine.counters.retreats == sum(count > 2 for count in most) > 0
+
+
+def test_another_error_of_a_step_is_not_taken_for_memory(llava, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    captioner = with_limits(llava, max_num_seqs=3, burst=4)
+    monkeypatch.setattr(ModelRunner, "run", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        captions(captioner, SAMPLINGS)
+
+
+@pytest.mark.parametrize("burst", [1, 4])
+def test_an_image_that_does_not_fit_alone_is_an_error_row(llava, monkeypatch, burst):
+    captioner = with_limits(llava, max_num_seqs=3, burst=burst)
+    requests = [request(captioner, number, SAMPLINGS[0]) for number in range(4)]
+    [image] = requests[1].images
+    huge = replace(image, tiles=np.concatenate((image.tiles, image.tiles)))
+    requests[1] = replace(requests[1], images=(huge,))
+    encode = ModelRunner.encode
+
+    def short(self, images):
+        if any(len(image.tiles) > 1 for image in images):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(self, images)
+
+    monkeypatch.setattr(ModelRunner, "encode", short)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**29, 2**34))
+    done = {caption.id: caption for caption in captioner.caption(requests)}
+    assert [number for number, caption in sorted(done.items()) if caption.error] == [1]
+    assert done[1].error.kind is ErrorKind.ENGINE_ERROR
+    assert (
+        "out of GPU memory while encoding an image of 2 tiles: 0.5 GiB of 16.0 GiB" in done[1].error.message
+    )
+    assert done[0].token_ids
+    assert not captioner.engine._encoded
 
 
 def test_images_that_find_no_memory_are_encoded_fewer_at_a_time(llava, monkeypatch):

@@ -193,13 +193,28 @@ def test_rope_store_equals_its_reference(tokens, dim, dtype, cache_dtype):
     assert torch.equal(caches[1], caches[3])
 
 
+@pytest.mark.parametrize("store", [rope_store, rope_store_reference])
+def test_slot_minus_one_is_not_written(store):
+    inputs = rope_inputs(3, torch.float32)
+    caches = torch.zeros(2, 40, 2, 8, 20)
+    rotated = store(**inputs | {"slots": torch.tensor([9, -1, 0])}, k_cache=caches[0], v_cache=caches[1])
+    expected = rope_store_reference(
+        **inputs, k_cache=torch.zeros(40, 2, 8, 20), v_cache=torch.zeros(40, 2, 8, 20)
+    )
+    torch.testing.assert_close(rotated, expected)
+    assert torch.equal(caches[1, [1, 0], :, [1, 0]], inputs["v"][[0, 2]])
+    assert (
+        int((caches != 0).flatten(-2).any(-1).sum()) == 2 * 2 * 2
+    )  # keys and values of two heads in two slots
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"positions": torch.tensor([0, 1, 300])}, "positions"),
         ({"positions": torch.tensor([0, 1, -1])}, "positions"),
         ({"slots": torch.tensor([0, 1, 320])}, "slots"),
-        ({"slots": torch.tensor([0, -1, 3])}, "slots"),
+        ({"slots": torch.tensor([0, -2, 3])}, "slots"),
         ({"slots": torch.tensor([0, 1, 3], dtype=torch.int32)}, "slots"),
         ({"k": torch.zeros(3, 1, 20)}, "k: expected shape"),
         ({"cos": torch.zeros(300, 9)}, "cos"),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from vila2.ops import segments as module
 from vila2.ops.rope import rope_tables
 from vila2.ops.segments import (
+    pad_segments,
     rotary_segment_attention,
     rotary_segment_attention_reference,
     segment_attention,
@@ -86,6 +87,30 @@ def test_each_path_equals_a_dense_mask(layout, heads):
     expected = gradients(dense, q, k, v, layout, 0.3)
     agree(gradients(segment_attention_reference, q, k, v, as_tensor(layout), 0.3), expected)
     agree(gradients(segment_attention, q, k, v, as_tensor(layout), 0.3), expected)
+
+
+@pytest.mark.parametrize("heads", [(3, 3, 8), (6, 2, 16)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_batches_without_masks_equal_a_dense_mask(layout, heads):
+    q, k, v = inputs(*heads)
+    padded = pad_segments(as_tensor(layout), ROWS, q.device, skips_masks=True)
+    plain = all(prefix_start == prefix_end for _, _, prefix_start, prefix_end in layout)
+    assert not plain or all(bucket.visible is None for bucket in padded.buckets)
+    expected = gradients(dense, q, k, v, layout, 0.3)
+    agree(gradients(segment_attention, q, k, v, as_tensor(layout), 0.3, padded), expected)
+
+
+@pytest.mark.parametrize("skips_masks", [False, True])
+def test_padded_layers_read_no_value_on_the_host(skips_masks):
+    """Meta tensors have none: what would make the host wait for a GPU is an error."""
+    layout, meta = as_tensor(LAYOUTS["prefix and branches"]), torch.device("meta")
+    padded = pad_segments(layout, ROWS, meta, skips_masks=skips_masks)
+    q, k, v = (x.detach().to(meta).requires_grad_() for x in inputs(4, 2, 8))
+    tables = (torch.empty(60, 4, device=meta) for _ in range(2))
+    positions = torch.empty(ROWS, dtype=torch.int64, device=meta)
+    out = rotary_segment_attention(q, k, v, positions, *tables, layout, 0.3, padded)
+    out.sum().backward()
+    assert q.grad.shape == q.shape
 
 
 def test_the_reference_has_true_gradients():

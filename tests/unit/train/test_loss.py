@@ -1,5 +1,6 @@
 """The loss of a packed batch, against every conversation run by itself with all of its logits."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -185,6 +186,22 @@ def test_text_alone_and_no_rows_at_all():
     loss, count = batch_loss(model, empty, "cpu")
     loss.backward()
     assert (float(loss.detach()), count) == (0.0, 0)
+
+
+def test_the_host_reads_no_value_between_a_batch_and_its_gradients():
+    """On the meta device, where there are none: on CUDA the host would wait for each."""
+    model = small_model().to("meta")
+    loss, count = batch_loss(model, packed([example(0), example(1, (6,))]), "meta")
+    loss.backward()
+    assert count
+    assert all(parameter.grad is not None for parameter in model.decoder.parameters())
+
+
+def test_a_label_beyond_the_vocabulary_is_refused():
+    model, batch = small_model(), packed([example(6)])
+    batch.labels[-1] = model.config.decoder.vocab_size
+    with pytest.raises(ValueError, match="labels must be below"):
+        batch_loss(model, replace(batch, num_labels=batch.num_labels + 1), "cpu")
 
 
 def test_a_position_beyond_the_tables_is_refused():
