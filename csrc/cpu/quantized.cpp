@@ -25,10 +25,9 @@ ByteRows byte_scratch(int64_t rows, int64_t depth) {
   thread_local std::vector<int32_t> zeros;
   const int64_t stride = byte_stride(depth);
   if (static_cast<int64_t>(bytes.size()) < rows * stride) bytes.resize(static_cast<size_t>(rows * stride));
-  if (static_cast<int64_t>(scales.size()) < rows) {
-    scales.resize(static_cast<size_t>(rows));
-    zeros.resize(static_cast<size_t>(rows));
-  }
+  // Each by its own size: the last call may have run out of memory between two of them.
+  if (static_cast<int64_t>(scales.size()) < rows) scales.resize(static_cast<size_t>(rows));
+  if (static_cast<int64_t>(zeros.size()) < rows) zeros.resize(static_cast<size_t>(rows));
   return {bytes.data(), scales.data(), zeros.data(), stride};
 }
 
