@@ -18,7 +18,7 @@ from vila2.recaption.feed import Feed
 from vila2.recaption.output import open_samples
 from vila2.recaption.pipeline import OpenModel
 from vila2.recaption.prompts import choose_prompts
-from vila2.recaption.work import Plan, default_decode_workers, make_loader
+from vila2.recaption.work import Plan, decode_workers, make_loader
 
 PROBE_IMAGES = 8
 ROW_BYTES = 64  # of a row's numbers and digests, compressed
@@ -64,7 +64,7 @@ def estimate(
         feed = Feed(
             with_drafts(islice(plan.jobs(), PROBE_IMAGES), drafts),
             make_loader(captioner, settings),
-            workers=settings.decode_workers or default_decode_workers(),
+            workers=decode_workers(captioner, settings),
         )
         try:
             exchange = Exchange(

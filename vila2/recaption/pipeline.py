@@ -18,7 +18,7 @@ from vila2.recaption.interrupt import Interrupts
 from vila2.recaption.output import Output, discard_index, open_samples
 from vila2.recaption.prompts import PromptSet, choose_prompts
 from vila2.recaption.stats import DraftUse, Progress, RunSummary, Stages, rates_of
-from vila2.recaption.work import Cut, Plan, default_decode_workers, make_loader
+from vila2.recaption.work import Cut, Plan, decode_workers, make_loader
 
 OBSERVE_EVERY_S = 0.1
 HUNGRY = 0.3  # a captioner that outruns its images finds none at every second pull; one that is full, at hardly any
@@ -94,7 +94,7 @@ class _Run:
         self.feed = Feed(
             with_drafts(plan.jobs(), self.drafts),
             make_loader(self.captioner, self.settings),
-            workers=self.settings.decode_workers or default_decode_workers(),
+            workers=decode_workers(self.captioner, self.settings),
         )
         self.exchange = Exchange(
             self.feed,

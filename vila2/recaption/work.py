@@ -179,8 +179,15 @@ def open_decoder(
     return DaliDecoder(device=device, side=side, limits=limits, apply_orientation=upright).decode
 
 
-def default_decode_workers() -> int:
-    """Threads that decode: they run beside the model, which uses every core, and seldom need more than a few."""
+def decode_workers(captioner: Captioner, settings: RecaptionSettings) -> int:
+    """Threads that decode: they run beside the model, which uses every core, and seldom need more than a few.
+
+    `--threads` says what a run may take of the machine, so beside a model on the CPU they go by it.
+    """
+    if settings.decode_workers is not None:
+        return settings.decode_workers
+    if settings.threads is not None and not getattr(captioner, "is_on_gpu", False):
+        return max(1, min(16, settings.threads // 2))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(2, min(16, cores // 2))
 
