@@ -57,6 +57,12 @@ void layer_norm(py::handle x, py::handle weight, py::handle bias, double eps, py
   run_norm(vila2::cpu::layer_norm, {x, "x"}, nullptr, {weight, "weight"}, &shift, eps, {y, "y"});
 }
 
+void add_layer_norm(py::handle x, py::handle residual, py::handle weight, py::handle bias, double eps,
+                    py::handle y) {
+  const Tensor sum(residual, "residual"), shift(bias, "bias");
+  run_norm(vila2::cpu::add_layer_norm, {x, "x"}, &sum, {weight, "weight"}, &shift, eps, {y, "y"});
+}
+
 void silu_mul(py::handle gate_up_object, py::handle y_object) {
   const Tensor gate_up(gate_up_object, "gate_up"), y(y_object, "y");
   gate_up.contiguous();
@@ -298,6 +304,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rms_norm", rms_norm);
   m.def("add_rms_norm", add_rms_norm);
   m.def("layer_norm", layer_norm);
+  m.def("add_layer_norm", add_layer_norm);
   m.def("silu_mul", silu_mul);
   m.def("gelu", gelu);
   m.def("rope_store", rope_store);
@@ -320,6 +327,7 @@ PYBIND11_MODULE(_C, m) {
         return w.storage() == Storage::kFloat32 ? "float32" : "bfloat16";
       });
   vila2::python::bind_bytes(m);
+  vila2::python::bind_tokens(m);
   vila2::python::bind_images(m);
   vila2::python::bind_training(m);
 }

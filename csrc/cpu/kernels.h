@@ -130,6 +130,23 @@ struct ByteLinearJob {
   bool is_narrow;  // every pair of the weights is
 };
 
+struct EmbedJob {
+  const int64_t* ids;  // rows of the table
+  const void* table;   // (rows, width)
+  Storage table_storage;
+  void* out;  // (tokens, width)
+  Storage storage;
+  int64_t width;
+};
+
+// See vila2/engine/repetition.py.
+struct LoopJob {
+  int32_t* runs;           // (periods)
+  const int32_t* earlier;  // (count): the token before the newest, the one before that, ...
+  int32_t newest;
+  int64_t count, periods, min_repeats, min_tokens;
+};
+
 struct TrainKernels;   // train.h
 struct ResizeKernels;  // resize.h
 
@@ -145,6 +162,7 @@ struct Kernels {
   void (*rms_norm)(const NormJob& job, int64_t row, int64_t row_end);
   void (*add_rms_norm)(const NormJob& job, int64_t row, int64_t row_end);
   void (*layer_norm)(const NormJob& job, int64_t row, int64_t row_end);
+  void (*add_layer_norm)(const NormJob& job, int64_t row, int64_t row_end);  // the sum stays in residual
   void (*silu_mul)(const ActivationJob& job, int64_t row, int64_t row_end);
   void (*gelu)(const ActivationJob& job, int64_t row, int64_t row_end);
   void (*rope_store)(const RopeJob& job, int64_t token, int64_t token_end);
@@ -154,6 +172,9 @@ struct Kernels {
                       int64_t panel_end);
   // The place of the first number above `limit`, or `count`; NaN is above nothing.
   int64_t (*first_above)(const float* row, int64_t count, float limit);
+  void (*embed)(const EmbedJob& job, int64_t token, int64_t token_end);
+  // Brings the runs up to date with the newest token; how many tokens at the end are a loop, or 0.
+  int64_t (*find_loop)(const LoopJob& job);
   const TrainKernels* train;
   const ResizeKernels* resize;
 };

@@ -17,6 +17,7 @@ namespace {
 #include VILA2_VEC
 #include "cpu/math.inl"
 #include "cpu/rows.inl"
+#include "cpu/tokens.inl"
 #include "cpu/linear.inl"
 #include "cpu/attention.inl"
 #include "cpu/bytes.inl"
@@ -27,6 +28,7 @@ namespace {
 
 }  // namespace
 
+// clang-format off: an entry a line
 extern const Kernels VILA2_TABLE = {
     VILA2_ISA,
     kPanel,
@@ -37,6 +39,7 @@ extern const Kernels VILA2_TABLE = {
     rms_norm,
     add_rms_norm,
     layer_norm,
+    add_layer_norm,
     silu_mul,
     gelu,
     rope_store,
@@ -44,8 +47,11 @@ extern const Kernels VILA2_TABLE = {
     quantize,
     byte_linear,
     first_above,
+    embed,
+    find_loop,
     &kTrain,
     &kResize,
 };
+// clang-format on
 
 }  // namespace vila2::cpu
