@@ -178,6 +178,7 @@ def _present(
         return None
     found = (record.digest, record.precision, record.layout, record.samples)
     same = found == (info.digest, precision, layout, samples)
+    same = same and (precision != "int8" or record.is_narrow in (None, wants_narrow()))
     whole = same and record.versions == versions() and (record.quality is not None or calibration is None)
     return record if whole and (out / WEIGHTS_FILE).stat().st_size == record.weight_bytes else None
 
@@ -228,6 +229,7 @@ def _build(
         device="cuda" if precision in ON_CUDA else "cpu",
         precision=precision,
         layout=layout_of(plan),
+        is_narrow=wants_narrow() if precision == "int8" else None,
         weight_bytes=0,
         samples=samples,
         config=config,

@@ -24,6 +24,7 @@ from vila2.backends.engine_dir import (
     is_engine,
     layout_of,
     load_engine,
+    misfit,
     read_engine,
 )
 from vila2.config import RecaptionSettings
@@ -288,6 +289,8 @@ def _open_engine(
     device = "cpu" if record.device == "cpu" else resolve_device_for(device, record.precision)
     plan = plan_compute(device, record.precision, deterministic, capabilities().fast_bf16)
     check_engine(path, record, layout_of(plan))
+    if (cost := misfit(record)) is not None:
+        plan = replace(plan, summary=f"{plan.summary}, {cost}")
     return load_engine(path, record, device), plan
 
 
