@@ -311,6 +311,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("paged_attention", paged_attention);
   m.def("image_patches", image_patches);
   m.def("panel_width", [] { return vila2::cpu::kernels().panel_width; });
+  m.def("bf16_group", [] { return vila2::cpu::kernels().bf16_group; });
   py::class_<PackedWeights>(m, "PackedWeights")
       .def(py::init(&pack), py::arg("weight"), py::arg("bias"), py::arg("storage"))
       .def_static("over", packed_over, py::keep_alive<0, 1>(), py::keep_alive<0, 2>(), py::arg("panels"),

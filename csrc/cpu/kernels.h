@@ -21,7 +21,8 @@ inline constexpr int64_t kMaxHeadDim = 256;
 inline constexpr int64_t kDepthBlock =
     256;  // of a linear: a weight panel of this depth stays in the L1 cache
 
-// y = x @ weight.T + bias with weights in panels (panel, depth, panel_width); see linear.inl.
+// y = x @ weight.T + bias with weights in panels (panel, depth, panel_width); see linear.inl, and
+// bf16_pairs.inl for those of bfloat16 where Kernels::bf16_group is 2.
 struct LinearJob {
   const float* x;  // (rows, depth)
   const void* panels;
@@ -155,6 +156,7 @@ struct Kernels {
   int64_t panel_width;
   int64_t attention_scratch;  // floats
   int64_t linear_scratch;     // floats
+  int64_t bf16_group;  // neighbours along the depth that lie side by side in panels of bfloat16: 1 or 2
   void (*pack)(const float* weight, int64_t columns, int64_t depth, void* panels, Storage storage,
                int64_t panel);
   void (*linear)(const LinearJob& job, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end,
@@ -184,6 +186,7 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx2Vnni;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Vnni;
+extern const Kernels kAvx512Bf16;
 
 // The table in use: the best that this CPU runs, or the one VILA2_CPU_ISA names. Throws std::runtime_error
 // for a name that is unknown or that this CPU cannot run.

@@ -155,7 +155,9 @@ PackedWeights PackedWeights::over(const void* panels, const float* bias, int64_t
 int64_t PackedWeights::padded_columns() const { return panels_ * kernels().panel_width; }
 
 int64_t PackedWeights::bytes() const {
-  return padded_columns() * depth_ * (storage_ == Storage::kFloat32 ? 4 : 2);
+  if (storage_ == Storage::kFloat32) return padded_columns() * depth_ * 4;
+  const int64_t group = kernels().bf16_group;
+  return padded_columns() * ceil_div(depth_, group) * group * 2;
 }
 
 void PackedWeights::multiply(const float* x, float* y, int64_t rows) const {

@@ -19,6 +19,7 @@ namespace {
 #include "cpu/rows.inl"
 #include "cpu/tokens.inl"
 #include "cpu/linear.inl"
+#include "cpu/bf16_pairs.inl"
 #include "cpu/attention.inl"
 #include "cpu/bytes.inl"
 #include "cpu/train_rows.inl"
@@ -33,9 +34,10 @@ extern const Kernels VILA2_TABLE = {
     VILA2_ISA,
     kPanel,
     kAttentionScratch,
-    kDepthBlock * kPanel,
-    pack,
-    linear,
+    kLinearScratch,
+    kBf16Group,
+    pack_any,
+    linear_any,
     rms_norm,
     add_rms_norm,
     layer_norm,
