@@ -25,6 +25,7 @@ from vila2.backends.compute import (
     builds_on,
     pack_model,
     plan_compute,
+    takes_torch_bf16,
     wants_narrow,
 )
 from vila2.backends.engine_dir import (
@@ -49,7 +50,6 @@ from vila2.model.images import PreparedImage
 from vila2.model.layout import small_files
 from vila2.model.packed import save_packed
 from vila2.model.sample import Sample
-from vila2.ops.native import capabilities
 from vila2.ops.quant import HAS_KERNELS
 from vila2.ops.threads import set_threads
 from vila2.types import Caption
@@ -112,7 +112,7 @@ def build_engine(
         raise UsageError(
             "vila2._C is not built here, or is older than this source: install vila2-fast with a C++17 compiler"
         )
-    plan = plan_compute(device, precision, deterministic, capabilities().fast_bf16)
+    plan = plan_compute(device, precision, deterministic, takes_torch_bf16())
     if out.exists() and not is_engine(out) and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists and is no engine directory: choose another --out")
     make_folder(out.parent)
