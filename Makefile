@@ -34,11 +34,12 @@ CPP_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.
 MODEL := .cache/llava-small
 DEMO_OUT := demo_out
 EVAL := .venv-eval
+AARCH64 := .cache/aarch64
 
-.PHONY: help install test test-eval test-isas lint format kernels cubins dali gpu-check demo nano bench bench-peers clean
+.PHONY: help install test test-eval test-isas test-aarch64 lint format kernels cubins dali gpu-check demo nano bench bench-peers clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(VENV)/.installed ## make .venv with the package (editable), its C++ and the developer tools
 	@echo "$(VENV) is ready: source $(BIN)/activate, or run $(BIN)/vila2-fast"
@@ -98,12 +99,23 @@ $(EVAL)/.installed: $(VENV)/.installed
 test-eval: $(EVAL)/.installed ## lmms-eval itself drives the engine: one of its tasks, on local data
 	@OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest -q tests/lmms/check_lmms.py
 
-test-isas: $(VENV)/.installed ## the CPU kernels for AVX-512 and VNNI against their references, emulated with AVX2
+test-isas: $(VENV)/.installed ## the CPU kernels for AVX-512, VNNI and BF16 against their references, emulated with AVX2
 	@export PATH="$(CURDIR)/$(BIN):$$PATH"; \
 		cmake -S . -B build/emulated -G Ninja -DCMAKE_BUILD_TYPE=Release -DVILA2_EMULATE=ON \
 			-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$(python -m pybind11 --cmakedir) >/dev/null; \
 		cmake --build build/emulated >/dev/null
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -q tests/native/emulated/check_ops.py
+
+# A compiler for aarch64 with Linux's headers, in an environment of its own. Nothing else asks for it, so neither an
+# install nor CI hangs on the download; the test skips itself where there is none.
+$(AARCH64)/.installed: $(VENV)/.installed
+	@echo "installing a cross compiler into $(AARCH64) (80 MB, 440 unpacked, once)"
+	@$(BIN)/python -m venv $(AARCH64)
+	@$(AARCH64)/bin/pip --disable-pip-version-check -qq install "ziglang>=0.13"
+	@touch $@
+
+test-aarch64: $(AARCH64)/.installed ## the extension compiled for aarch64, where the kernels take their scalar path
+	@$(BIN)/pytest -q tests/native/test_aarch64.py
 
 kernels: $(VENV)/.installed ## every Triton kernel against its reference, in Triton's interpreter; no GPU needed
 	@TRITON_INTERPRET=1 VILA2_REQUIRE=triton $(BIN)/pytest -q tests/kernels --ignore tests/kernels/test_aot.py

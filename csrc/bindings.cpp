@@ -57,6 +57,12 @@ void layer_norm(py::handle x, py::handle weight, py::handle bias, double eps, py
   run_norm(vila2::cpu::layer_norm, {x, "x"}, nullptr, {weight, "weight"}, &shift, eps, {y, "y"});
 }
 
+void add_layer_norm(py::handle x, py::handle residual, py::handle weight, py::handle bias, double eps,
+                    py::handle y) {
+  const Tensor sum(residual, "residual"), shift(bias, "bias");
+  run_norm(vila2::cpu::add_layer_norm, {x, "x"}, &sum, {weight, "weight"}, &shift, eps, {y, "y"});
+}
+
 void silu_mul(py::handle gate_up_object, py::handle y_object) {
   const Tensor gate_up(gate_up_object, "gate_up"), y(y_object, "y");
   gate_up.contiguous();
@@ -298,12 +304,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("rms_norm", rms_norm);
   m.def("add_rms_norm", add_rms_norm);
   m.def("layer_norm", layer_norm);
+  m.def("add_layer_norm", add_layer_norm);
   m.def("silu_mul", silu_mul);
   m.def("gelu", gelu);
   m.def("rope_store", rope_store);
   m.def("paged_attention", paged_attention);
   m.def("image_patches", image_patches);
   m.def("panel_width", [] { return vila2::cpu::kernels().panel_width; });
+  m.def("bf16_group", [] { return vila2::cpu::kernels().bf16_group; });
   py::class_<PackedWeights>(m, "PackedWeights")
       .def(py::init(&pack), py::arg("weight"), py::arg("bias"), py::arg("storage"))
       .def_static("over", packed_over, py::keep_alive<0, 1>(), py::keep_alive<0, 2>(), py::arg("panels"),
@@ -320,6 +328,7 @@ PYBIND11_MODULE(_C, m) {
         return w.storage() == Storage::kFloat32 ? "float32" : "bfloat16";
       });
   vila2::python::bind_bytes(m);
+  vila2::python::bind_tokens(m);
   vila2::python::bind_images(m);
   vila2::python::bind_training(m);
 }

@@ -60,6 +60,7 @@ class ByteWeights {
         bias_.is_none() ? nullptr : vector(bias_, "bias", Dtype::kFloat32, "float32", width).as<float>();
     job_.columns = columns;
     job_.is_narrow = is_narrow;
+    if (is_narrow) check_narrow(count * cpu::byte_stride(depth) * cpu::kBytePanel);
   }
 
   void multiply(py::handle x_object, py::handle y_object, const std::string& finish,
@@ -113,6 +114,17 @@ class ByteWeights {
 
  private:
   static constexpr int64_t kMostDepth = 65536;  // 255 * 128 * 65536 < 2^31
+
+  // Weights that are called narrow and are not would give wrong sums without a word (see kNarrowPair). Reads
+  // all of them once; from a mapped file that is what the first step would read anyway.
+  void check_narrow(int64_t count) const {
+    bool are_narrow;
+    {
+      const py::gil_scoped_release release;
+      are_narrow = cpu::are_narrow(job_.panels, count);
+    }
+    if (!are_narrow) fail("is_narrow", "weights whose pairs keep 128, got panels with others");
+  }
 
   static Tensor vector(py::handle object, const char* name, Dtype dtype, const char* expected, int64_t size) {
     Tensor tensor(object, name);

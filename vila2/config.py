@@ -139,7 +139,7 @@ class RecaptionSettings(_Settings):
     truncation: Annotated[Truncation, DECIDES] = "trim"
 
     # What captions will resemble: written faster for it, never differently (see vila2.recaption.drafts). A hint:
-    # a backend that cannot use it does without.
+    # a backend that cannot use it does without, and so do products whose bits depend on the batch (torch's).
     draft: str = "auto"  # off, auto, original, column:NAME, or the output folder of an earlier run
 
     # Which images are taken.

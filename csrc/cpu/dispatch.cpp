@@ -41,17 +41,20 @@ std::vector<Choice> choices() {
 #else
   const Kernels* avx2_vnni = nullptr;
 #endif
-  return {{"avx512_vnni", &kAvx512Vnni, cpu.avx512 && cpu.avx512_vnni},
+#if defined(VILA2_AVX512_BF16)
+  const Kernels* avx512_bf16 = &kAvx512Bf16;
+#else
+  const Kernels* avx512_bf16 = nullptr;
+#endif
+  return {{"avx512_bf16", avx512_bf16, cpu.avx512 && cpu.avx512_vnni && cpu.avx512_bf16 && avx512_bf16},
+          {"avx512_vnni", &kAvx512Vnni, cpu.avx512 && cpu.avx512_vnni},
           {"avx512", &kAvx512, cpu.avx512},
           {"avx2_vnni", avx2_vnni, cpu.avx2_vnni && avx2_vnni},
           {"avx2", &kAvx2, cpu.avx2},
           {"scalar", &kScalar, true}};
 #else
-  return {{"avx512_vnni", nullptr, false},
-          {"avx512", nullptr, false},
-          {"avx2_vnni", nullptr, false},
-          {"avx2", nullptr, false},
-          {"scalar", &kScalar, true}};
+  return {{"avx512_bf16", nullptr, false}, {"avx512_vnni", nullptr, false}, {"avx512", nullptr, false},
+          {"avx2_vnni", nullptr, false},   {"avx2", nullptr, false},        {"scalar", &kScalar, true}};
 #endif
 }
 
@@ -65,7 +68,7 @@ const Kernels& choose() {
     }
   }
   throw std::runtime_error("VILA2_CPU_ISA=" + name +
-                           ": expected scalar, avx2, avx2_vnni, avx512 or avx512_vnni");
+                           ": expected scalar, avx2, avx2_vnni, avx512, avx512_vnni or avx512_bf16");
 }
 
 }  // namespace
@@ -74,7 +77,7 @@ Features features() {
 #if defined(VILA2_X86)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #if defined(VILA2_EMULATE)  // with AVX2
-  return {avx2, avx2, avx2, avx2, false, false};
+  return {avx2, avx2, avx2, avx2, avx2, false};
 #else
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl");

@@ -21,7 +21,8 @@ inline constexpr int64_t kMaxHeadDim = 256;
 inline constexpr int64_t kDepthBlock =
     256;  // of a linear: a weight panel of this depth stays in the L1 cache
 
-// y = x @ weight.T + bias with weights in panels (panel, depth, panel_width); see linear.inl.
+// y = x @ weight.T + bias with weights in panels (panel, depth, panel_width); see linear.inl, and
+// bf16_pairs.inl for those of bfloat16 where Kernels::bf16_group is 2.
 struct LinearJob {
   const float* x;  // (rows, depth)
   const void* panels;
@@ -130,6 +131,23 @@ struct ByteLinearJob {
   bool is_narrow;  // every pair of the weights is
 };
 
+struct EmbedJob {
+  const int64_t* ids;  // rows of the table
+  const void* table;   // (rows, width)
+  Storage table_storage;
+  void* out;  // (tokens, width)
+  Storage storage;
+  int64_t width;
+};
+
+// See vila2/engine/repetition.py.
+struct LoopJob {
+  int32_t* runs;           // (periods)
+  const int32_t* earlier;  // (count): the token before the newest, the one before that, ...
+  int32_t newest;
+  int64_t count, periods, min_repeats, min_tokens;
+};
+
 struct TrainKernels;   // train.h
 struct ResizeKernels;  // resize.h
 
@@ -138,6 +156,7 @@ struct Kernels {
   int64_t panel_width;
   int64_t attention_scratch;  // floats
   int64_t linear_scratch;     // floats
+  int64_t bf16_group;  // neighbours along the depth that lie side by side in panels of bfloat16: 1 or 2
   void (*pack)(const float* weight, int64_t columns, int64_t depth, void* panels, Storage storage,
                int64_t panel);
   void (*linear)(const LinearJob& job, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end,
@@ -145,6 +164,7 @@ struct Kernels {
   void (*rms_norm)(const NormJob& job, int64_t row, int64_t row_end);
   void (*add_rms_norm)(const NormJob& job, int64_t row, int64_t row_end);
   void (*layer_norm)(const NormJob& job, int64_t row, int64_t row_end);
+  void (*add_layer_norm)(const NormJob& job, int64_t row, int64_t row_end);  // the sum stays in residual
   void (*silu_mul)(const ActivationJob& job, int64_t row, int64_t row_end);
   void (*gelu)(const ActivationJob& job, int64_t row, int64_t row_end);
   void (*rope_store)(const RopeJob& job, int64_t token, int64_t token_end);
@@ -154,6 +174,9 @@ struct Kernels {
                       int64_t panel_end);
   // The place of the first number above `limit`, or `count`; NaN is above nothing.
   int64_t (*first_above)(const float* row, int64_t count, float limit);
+  void (*embed)(const EmbedJob& job, int64_t token, int64_t token_end);
+  // Brings the runs up to date with the newest token; how many tokens at the end are a loop, or 0.
+  int64_t (*find_loop)(const LoopJob& job);
   const TrainKernels* train;
   const ResizeKernels* resize;
 };
@@ -163,6 +186,7 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx2Vnni;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Vnni;
+extern const Kernels kAvx512Bf16;
 
 // The table in use: the best that this CPU runs, or the one VILA2_CPU_ISA names. Throws std::runtime_error
 // for a name that is unknown or that this CPU cannot run.

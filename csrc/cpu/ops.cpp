@@ -34,6 +34,9 @@ void split(void (*kernel)(const Job&, int64_t, int64_t), const Job& job, int64_t
 void rms_norm(const NormJob& job, int64_t rows) { split(kernels().rms_norm, job, rows, job.width); }
 void add_rms_norm(const NormJob& job, int64_t rows) { split(kernels().add_rms_norm, job, rows, job.width); }
 void layer_norm(const NormJob& job, int64_t rows) { split(kernels().layer_norm, job, rows, job.width); }
+void add_layer_norm(const NormJob& job, int64_t rows) {
+  split(kernels().add_layer_norm, job, rows, job.width);
+}
 void silu_mul(const ActivationJob& job, int64_t rows) { split(kernels().silu_mul, job, rows, 4 * job.width); }
 
 void gelu(const ActivationJob& job, int64_t elements) {
@@ -53,6 +56,8 @@ void gelu(const ActivationJob& job, int64_t elements) {
 void rope_store(const RopeJob& job, int64_t tokens) {
   split(kernels().rope_store, job, tokens, (job.heads + 2 * job.kv_heads) * job.dim);
 }
+
+void embed(const EmbedJob& job, int64_t tokens) { split(kernels().embed, job, tokens, job.width); }
 
 void attention(const AttentionJob& job, const AttentionBatch& batch) {
   const int64_t group = job.heads / job.kv_heads;
@@ -150,7 +155,9 @@ PackedWeights PackedWeights::over(const void* panels, const float* bias, int64_t
 int64_t PackedWeights::padded_columns() const { return panels_ * kernels().panel_width; }
 
 int64_t PackedWeights::bytes() const {
-  return padded_columns() * depth_ * (storage_ == Storage::kFloat32 ? 4 : 2);
+  if (storage_ == Storage::kFloat32) return padded_columns() * depth_ * 4;
+  const int64_t group = kernels().bf16_group;
+  return padded_columns() * ceil_div(depth_, group) * group * 2;
 }
 
 void PackedWeights::multiply(const float* x, float* y, int64_t rows) const {

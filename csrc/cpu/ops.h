@@ -12,9 +12,11 @@ namespace vila2::cpu {
 void rms_norm(const NormJob& job, int64_t rows);
 void add_rms_norm(const NormJob& job, int64_t rows);
 void layer_norm(const NormJob& job, int64_t rows);
+void add_layer_norm(const NormJob& job, int64_t rows);
 void silu_mul(const ActivationJob& job, int64_t rows);
 void gelu(const ActivationJob& job, int64_t elements);
 void rope_store(const RopeJob& job, int64_t tokens);
+void embed(const EmbedJob& job, int64_t tokens);
 
 struct AttentionBatch {
   const int32_t* block_tables;  // (sequences, max_blocks)

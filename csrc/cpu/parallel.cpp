@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -20,13 +21,21 @@ struct Region {
   const void* context;
   int64_t count;
   std::atomic<int64_t> next{0};
+  std::atomic<bool> has_failed{false};
+  std::exception_ptr failure = nullptr;  // of the task that failed first; the caller's to throw
 };
 
-// Threads take the next task as they come free: a core that other programs slow down takes fewer.
-void work_on(void* region_pointer) {
-  Region& region = *static_cast<Region*>(region_pointer);
-  for (int64_t i; (i = region.next.fetch_add(1, std::memory_order_relaxed)) < region.count;) {
-    region.task(region.context, i);
+// Threads take the next task as they come free: a core that other programs slow down takes fewer. A task may
+// run out of memory (thread_scratch): no exception leaves a worker, and none passes the caller before the
+// workers have let go of its region. The tasks that nobody has begun then stay undone.
+void work_on(Region& region) noexcept {
+  try {
+    for (int64_t i; (i = region.next.fetch_add(1, std::memory_order_relaxed)) < region.count;) {
+      region.task(region.context, i);
+    }
+  } catch (...) {
+    if (!region.has_failed.exchange(true)) region.failure = std::current_exception();
+    region.next.store(region.count, std::memory_order_relaxed);
   }
 }
 
@@ -42,20 +51,21 @@ inline void relax() {
 // for those that have not, so a core that another program holds delays nobody.
 class Pool {
  public:
-  explicit Pool(int workers) : workers_(workers) {
-    for (int i = 0; i < workers; ++i) std::thread([this] { serve(); }).detach();
+  explicit Pool(int workers) {
+    threads_.reserve(static_cast<size_t>(workers));
+    try {
+      for (int i = 0; i < workers; ++i) threads_.emplace_back([this] { serve(); });
+    } catch (...) {  // the system gives no more threads
+      stop();
+      throw;
+    }
   }
+  ~Pool() { stop(); }
 
   void run(Region& region) {
     region_.store(&region);
-    generation_.fetch_add(1);
-    if (sleepers_.load() > 0) {
-      {
-        std::lock_guard<std::mutex> lock(mutex_);
-      }
-      wake_.notify_all();
-    }
-    work_on(&region);
+    call();
+    work_on(region);
     // In the one order of these operations, a worker that joins after this finds no region, and one that
     // joined before it is counted.
     region_.store(nullptr);
@@ -68,10 +78,26 @@ class Pool {
     }
   }
 
-  int workers() const { return workers_; }
+  int workers() const { return static_cast<int>(threads_.size()); }
 
  private:
   static constexpr int kSpins = 2000;
+
+  void call() {
+    generation_.fetch_add(1);
+    if (sleepers_.load() > 0) {
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+      }
+      wake_.notify_all();
+    }
+  }
+
+  void stop() {
+    is_ending_.store(true);
+    call();
+    for (std::thread& thread : threads_) thread.join();
+  }
 
   void serve() {
     uint64_t seen = 0;
@@ -86,28 +112,33 @@ class Pool {
         sleepers_.fetch_sub(1);
       }
       seen = generation_.load();
+      if (is_ending_.load()) return;
       joined_.fetch_add(1);
-      if (Region* region = region_.load()) work_on(region);
+      if (Region* region = region_.load()) work_on(*region);
       joined_.fetch_sub(1);
     }
   }
 
-  const int workers_;
+  std::vector<std::thread> threads_;
   std::mutex mutex_;
   std::condition_variable wake_;
   // On lines of their own: workers spin on the first while the others change.
   alignas(64) std::atomic<uint64_t> generation_{0};
   alignas(64) std::atomic<Region*> region_{nullptr};
   std::atomic<int> joined_{0}, sleepers_{0};
+  std::atomic<bool> is_ending_{false};
 };
 
 void run_on_pool(Region& region, int threads) {
   static std::mutex owner;
-  static Pool* pool = nullptr;  // never destroyed: its threads outlive static destructors
+  static Pool* pool = nullptr;  // the last is never destroyed: its threads outlive static destructors
   static pid_t pool_process = 0;
   std::unique_lock<std::mutex> lock(owner, std::try_to_lock);
-  if (!lock.owns_lock()) return work_on(&region);  // another caller has the workers
-  if (!pool || pool_process != getpid() || pool->workers() != threads - 1) {  // threads do not survive a fork
+  if (!lock.owns_lock()) return work_on(region);         // another caller has the workers
+  if (pool && pool_process != getpid()) pool = nullptr;  // its threads did not survive a fork: none to join
+  if (!pool || pool->workers() != threads - 1) {
+    delete pool;
+    pool = nullptr;
     pool = new Pool(threads - 1);
     pool_process = getpid();
   }
@@ -123,10 +154,11 @@ void parallel_for(int64_t count, Task task, const void* context) {
   const int threads = static_cast<int>(std::min<int64_t>(num_threads(), count));
   Region region{task, context, count};
   if (threads <= 1) {
-    work_on(&region);
+    work_on(region);
   } else {
     run_on_pool(region, num_threads());
   }
+  if (region.failure) std::rethrow_exception(region.failure);
 }
 
 float* thread_scratch(int64_t count) {

@@ -17,7 +17,8 @@ int num_threads();
 
 using Task = void (*)(const void* context, int64_t index);
 
-// Calls task(context, i) once for each i in [0, count), in any order, on up to num_threads() threads.
+// Calls task(context, i) once for each i in [0, count), in any order, on up to num_threads() threads. What a
+// task throws reaches the caller when all threads have left; then some tasks may not have run.
 void parallel_for(int64_t count, Task task, const void* context);
 
 template <class Body>

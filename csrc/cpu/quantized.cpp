@@ -1,6 +1,7 @@
 #include "cpu/quantized.h"
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -19,16 +20,31 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t byte_stride(int64_t depth) { return ceil_div(depth, kByteGroup) * kByteGroup; }
 
+bool are_narrow(const int8_t* panels, int64_t count) {
+  constexpr int64_t kPairs = 1 << 16;  // a task's
+  const int64_t pairs = count / 2;     // a panel has whole groups of four
+  std::atomic<bool> all{true};
+  parallel_for(ceil_div(pairs, kPairs), [&](int64_t i) {
+    int16_t most = 0, least = 0;
+    for (int64_t at = i * kPairs, end = std::min(pairs, at + kPairs); at < end; ++at) {
+      const int16_t first = panels[2 * at], second = panels[2 * at + 1], none = 0;
+      most = std::max(most, static_cast<int16_t>(std::max(first, none) + std::max(second, none)));
+      least = std::min(least, static_cast<int16_t>(std::min(first, none) + std::min(second, none)));
+    }
+    if (most > kNarrowPair || least < -kNarrowPair) all.store(false);
+  });
+  return all.load();
+}
+
 ByteRows byte_scratch(int64_t rows, int64_t depth) {
   thread_local std::vector<uint8_t> bytes;
   thread_local std::vector<float> scales;
   thread_local std::vector<int32_t> zeros;
   const int64_t stride = byte_stride(depth);
   if (static_cast<int64_t>(bytes.size()) < rows * stride) bytes.resize(static_cast<size_t>(rows * stride));
-  if (static_cast<int64_t>(scales.size()) < rows) {
-    scales.resize(static_cast<size_t>(rows));
-    zeros.resize(static_cast<size_t>(rows));
-  }
+  // Each by its own size: the last call may have run out of memory between two of them.
+  if (static_cast<int64_t>(scales.size()) < rows) scales.resize(static_cast<size_t>(rows));
+  if (static_cast<int64_t>(zeros.size()) < rows) zeros.resize(static_cast<size_t>(rows));
   return {bytes.data(), scales.data(), zeros.data(), stride};
 }
 

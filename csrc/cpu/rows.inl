@@ -78,6 +78,20 @@ void layer_norm_rows(const NormJob& job, int64_t row, int64_t row_end) {
 }
 
 template <class T>
+void add_layer_norm_rows(const NormJob& job, int64_t row, int64_t row_end) {
+  NormJob sum = job;
+  sum.x = job.residual;
+  for (; row < row_end; ++row) {
+    const T* x = static_cast<const T*>(job.x) + row * job.width;
+    T* residual = static_cast<T*>(job.residual) + row * job.width;
+    for_each_vec(job.width,
+                 [&](int64_t i, auto get, auto put) { put(residual + i, get(x + i) + get(residual + i)); });
+    layer_norm_rows<T>(sum, row,
+                       row + 1);  // from the L1 cache: the bits of an addition and a norm on their own
+  }
+}
+
+template <class T>
 void silu_mul_rows(const ActivationJob& job, int64_t row, int64_t row_end) {
   for (; row < row_end; ++row) {
     const T* gate = static_cast<const T*>(job.x) + row * 2 * job.width;
@@ -144,6 +158,10 @@ void add_rms_norm(const NormJob& job, int64_t row, int64_t row_end) {
 }
 void layer_norm(const NormJob& job, int64_t row, int64_t row_end) {
   (job.storage == Storage::kFloat32 ? layer_norm_rows<float> : layer_norm_rows<bf16>)(job, row, row_end);
+}
+void add_layer_norm(const NormJob& job, int64_t row, int64_t row_end) {
+  (job.storage == Storage::kFloat32 ? add_layer_norm_rows<float> : add_layer_norm_rows<bf16>)(job, row,
+                                                                                              row_end);
 }
 void silu_mul(const ActivationJob& job, int64_t row, int64_t row_end) {
   (job.storage == Storage::kFloat32 ? silu_mul_rows<float> : silu_mul_rows<bf16>)(job, row, row_end);

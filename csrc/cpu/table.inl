@@ -17,7 +17,9 @@ namespace {
 #include VILA2_VEC
 #include "cpu/math.inl"
 #include "cpu/rows.inl"
+#include "cpu/tokens.inl"
 #include "cpu/linear.inl"
+#include "cpu/bf16_pairs.inl"
 #include "cpu/attention.inl"
 #include "cpu/bytes.inl"
 #include "cpu/train_rows.inl"
@@ -27,16 +29,19 @@ namespace {
 
 }  // namespace
 
+// clang-format off: an entry a line
 extern const Kernels VILA2_TABLE = {
     VILA2_ISA,
     kPanel,
     kAttentionScratch,
-    kDepthBlock * kPanel,
-    pack,
-    linear,
+    kLinearScratch,
+    kBf16Group,
+    pack_any,
+    linear_any,
     rms_norm,
     add_rms_norm,
     layer_norm,
+    add_layer_norm,
     silu_mul,
     gelu,
     rope_store,
@@ -44,8 +49,11 @@ extern const Kernels VILA2_TABLE = {
     quantize,
     byte_linear,
     first_above,
+    embed,
+    find_loop,
     &kTrain,
     &kResize,
 };
+// clang-format on
 
 }  // namespace vila2::cpu

@@ -51,6 +51,21 @@ inline void store_sums4(float* out, Vec a, Vec b, Vec c, Vec d) {
   out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
 }
 
+#if defined(__AVX512BF16__)
+// Pairs of bfloat16, in sums of float32: sixteen lanes, each of two neighbours. What is too small for a
+// normal number counts as zero, and so does such a sum.
+
+typedef __m512bh Pairs;
+
+inline Pairs load_pairs(const bf16* p) { return (Pairs)_mm512_loadu_si512(p); }
+inline Pairs splat_pair(const bf16* p) {
+  int32_t two;
+  __builtin_memcpy(&two, p, 4);
+  return (Pairs)_mm512_set1_epi32(two);
+}
+inline Vec add_dot2(Vec sum, Pairs x, Pairs w) { return _mm512_dpbf16_ps(sum, x, w); }
+#endif
+
 // Bytes times bytes, in sums of int32: sixteen lanes, each of four neighbours.
 
 constexpr int kByteSums = 24;  // vectors of sums in a tile

@@ -22,6 +22,7 @@ TABLES = {  # and the flags that each is built with
     "avx2_vnni": ("kAvx2Vnni", ("-mavxvnni", *AVX2)),
     "avx512": ("kAvx512", AVX512),
     "avx512_vnni": ("kAvx512Vnni", ("-mavx512vnni", *AVX512)),
+    "avx512_bf16": ("kAvx512Bf16", ("-mavx512bf16", "-mavx512vnni", *AVX512)),
 }
 ISAS = tuple(TABLES)
 

@@ -1,7 +1,10 @@
-"""The threads of `_C`: several callers at once, a fork, and changes of the count."""
+"""The threads of `_C`: several callers at once, a fork, changes of the count, and tasks that fail."""
 
 import os
+import shutil
+import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from vila2.ops.native import native
 from vila2.ops.threads import set_threads
 
 pytestmark = pytest.mark.skipif(native is None, reason="vila2._C is not built")
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -59,3 +64,36 @@ def test_after_a_fork(product):
         packed.multiply(x, y)
         os._exit(0 if y.tolist() == expected.tolist() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def count_threads() -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("Threads:"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_a_change_of_the_count_leaves_no_thread_behind(product):
+    packed, x, expected = product
+    y = torch.empty_like(expected)
+    native.set_num_threads(2)
+    packed.multiply(x, y)
+    before = count_threads()
+    for count in [3, 1, 4, 2] * 25:
+        native.set_num_threads(count)
+        packed.multiply(x, y)
+        assert torch.equal(y, expected)
+    assert count_threads() <= before
+
+
+@pytest.mark.slow
+def test_tasks_that_fail(tmp_path):
+    """A worker's exception is the caller's, and leaves the pool as it was: in C++, where a task can be made to fail."""
+    compiler = shutil.which("c++")
+    if not compiler:
+        pytest.skip("needs a C++ compiler")
+    sources = [ROOT / "tests" / "native" / "check_parallel.cpp", ROOT / "csrc" / "cpu" / "parallel.cpp"]
+    program = tmp_path / "check_parallel"
+    command = [compiler, "-std=c++17", "-O1", "-I", ROOT / "csrc", *sources, "-o", program, "-pthread"]
+    subprocess.run(command, check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr

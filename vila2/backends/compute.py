@@ -14,8 +14,8 @@ from vila2.model.quantize_cuda import quantize_fp8, quantize_int4
 from vila2.model.sample import Sample
 from vila2.model.vlm import VisionLanguageModel
 from vila2.ops.fp8 import fp8_lack
-from vila2.ops.linear import pack_linears
-from vila2.ops.native import capabilities
+from vila2.ops.linear import pack_linears, rounds_rows
+from vila2.ops.native import capabilities, native
 
 # Precisions whose products are a GPU's, and what they mean.
 ON_CUDA = {
@@ -41,12 +41,35 @@ class ComputePlan:
     summary: str
     low_bits: str | None = None
 
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether a row of a product has the same bits in any batch: what drafts need to change no caption."""
+        return self.packed_dtype is not None and native is not None
 
-def plan_compute(device: str, precision: str, deterministic: bool, has_bf16_products: bool) -> ComputePlan:
+
+BF16_PRODUCTS = "VILA2_BF16_PRODUCTS"  # whose bf16 products a CPU with bf16 instructions takes: own or torch
+
+
+def takes_torch_bf16() -> bool:
+    """Whether bf16 on this CPU means torch's products. They depend on the batch, ours do not.
+
+    Ours are taken wherever AVX512-BF16 is the best there is, as both then use one instruction. torch's are taken where
+    there are AMX tiles, which ours have not. Neither speed has been measured, so BF16_PRODUCTS chooses otherwise.
+    """
+    choice = os.environ.get(BF16_PRODUCTS, "")
+    if choice not in ("", "own", "torch"):
+        raise UsageError(f"{BF16_PRODUCTS}={choice}: expected own or torch")
+    if choice:
+        return choice == "torch"
+    found = capabilities()
+    return found.amx_bf16 or (found.avx512_bf16 and not rounds_rows())
+
+
+def plan_compute(device: str, precision: str, deterministic: bool, takes_torch: bool) -> ComputePlan:
     """Choose the arithmetic for `precision` (float32, bf16, int8, fp8 or int4) on `device` (cpu or cuda).
 
-    Packed products keep sums and activations in float32 and do not depend on the batch, so they serve every
-    CPU without bf16 instructions, and `deterministic` runs on those that have them.
+    Packed products keep sums in float32 and do not depend on the batch. They serve every CPU but those whose bf16
+    is torch's (`takes_torch`, see `takes_torch_bf16`), and `deterministic` runs on these too.
     """
     if precision in ON_CUDA:
         return _plan_on_cuda(device, precision, deterministic)
@@ -64,10 +87,11 @@ def plan_compute(device: str, precision: str, deterministic: bool, has_bf16_prod
         if deterministic:
             raise UsageError("--deterministic runs on the CPU only so far: add --device cpu")
         return ComputePlan(dtype, None, dtype, f"{precision} through torch on the GPU")
-    if precision == "bf16" and has_bf16_products and not deterministic:
-        return ComputePlan(dtype, None, dtype, "bf16 products of this CPU")
+    if precision == "bf16" and takes_torch and not deterministic:
+        return ComputePlan(dtype, None, dtype, "bf16 products of this CPU through torch, without drafts")
+    rounded = "weights and rows" if precision == "bf16" and rounds_rows() else "weights"
     return ComputePlan(
-        torch.float32, dtype, dtype, f"{precision} weights, float32 sums, vila2's own products"
+        torch.float32, dtype, dtype, f"{precision} {rounded}, float32 sums, vila2's own products"
     )
 
 

@@ -25,6 +25,7 @@ from vila2.backends.compute import (
     builds_on,
     pack_model,
     plan_compute,
+    takes_torch_bf16,
     wants_narrow,
 )
 from vila2.backends.engine_dir import (
@@ -49,7 +50,6 @@ from vila2.model.images import PreparedImage
 from vila2.model.layout import small_files
 from vila2.model.packed import save_packed
 from vila2.model.sample import Sample
-from vila2.ops.native import capabilities
 from vila2.ops.quant import HAS_KERNELS
 from vila2.ops.threads import set_threads
 from vila2.types import Caption
@@ -112,7 +112,7 @@ def build_engine(
         raise UsageError(
             "vila2._C is not built here, or is older than this source: install vila2-fast with a C++17 compiler"
         )
-    plan = plan_compute(device, precision, deterministic, capabilities().fast_bf16)
+    plan = plan_compute(device, precision, deterministic, takes_torch_bf16())
     if out.exists() and not is_engine(out) and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists and is no engine directory: choose another --out")
     make_folder(out.parent)
@@ -178,6 +178,7 @@ def _present(
         return None
     found = (record.digest, record.precision, record.layout, record.samples)
     same = found == (info.digest, precision, layout, samples)
+    same = same and (precision != "int8" or record.is_narrow in (None, wants_narrow()))
     whole = same and record.versions == versions() and (record.quality is not None or calibration is None)
     return record if whole and (out / WEIGHTS_FILE).stat().st_size == record.weight_bytes else None
 
@@ -228,6 +229,7 @@ def _build(
         device="cuda" if precision in ON_CUDA else "cpu",
         precision=precision,
         layout=layout_of(plan),
+        is_narrow=wants_narrow() if precision == "int8" else None,
         weight_bytes=0,
         samples=samples,
         config=config,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from vila2 import __version__
-from vila2.backends.compute import ComputePlan
+from vila2.backends.compute import ComputePlan, wants_narrow
 from vila2.errors import CheckpointError, UsageError
 from vila2.model.checkpoint import LoadedCheckpoint, inspect_checkpoint, open_tokenizer
 from vila2.model.decoder import DecoderConfig
@@ -51,6 +51,9 @@ class EngineRecord:
     limits: Mapping[str, int]
     quality: Mapping[str, Any] | None
     versions: Mapping[str, str]
+    is_narrow: bool | None = (
+        None  # of int8 weights (see vila2.ops.quant); None in other precisions and older records
+    )
 
     def to_json(self) -> dict[str, Any]:
         return {"backend": BACKEND, "format": FORMAT, **asdict(self)}
@@ -103,6 +106,15 @@ def load_engine(path: str | Path, record: EngineRecord, device: str = "cpu") -> 
     tokenizer = open_tokenizer(Path(path) / TOKENIZER_FOLDER, record.config)
     model = load_packed(record.config, Path(path) / WEIGHTS_FILE, device)
     return LoadedCheckpoint(model, tokenizer, record.config.image_processor(), record.config, record.digest)
+
+
+def misfit(record: EngineRecord) -> str | None:
+    """What an engine of int8 weights costs on this CPU because it was built on one of another kind; None if nothing."""
+    if record.is_narrow is None or record.is_narrow == wants_narrow():
+        return None
+    if record.is_narrow:
+        return "rounded for CPUs without VNNI, more coarsely than this one needs"
+    return "rounded for CPUs with VNNI, which this one lacks: slower here than an engine built here"
 
 
 def layout_of(plan: ComputePlan) -> str:

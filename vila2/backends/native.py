@@ -17,6 +17,7 @@ from vila2.backends.compute import (
     pack_model,
     plan_compute,
     resolve_device_for,
+    takes_torch_bf16,
 )
 from vila2.backends.engine_dir import (
     check_asked,
@@ -24,6 +25,7 @@ from vila2.backends.engine_dir import (
     is_engine,
     layout_of,
     load_engine,
+    misfit,
     read_engine,
 )
 from vila2.config import RecaptionSettings
@@ -31,12 +33,12 @@ from vila2.engine.engine import Engine, EngineLimits
 from vila2.engine.gpu_memory import fitting_batch_tokens, is_out_of_memory, out_of_memory
 from vila2.engine.measure import plan_card
 from vila2.engine.sequence import EngineRequest, Finished, ImageSpan
+from vila2.engine.speculation import MAX_DRAFT
 from vila2.errors import UsageError
 from vila2.model.checkpoint import LoadedCheckpoint, load_checkpoint
 from vila2.model.images import PreparedImage
 from vila2.model.prompt import build_prompt, check_template
 from vila2.model.sample import Sample
-from vila2.ops.native import capabilities
 from vila2.ops.threads import set_threads
 from vila2.types import Caption, CaptionRequest, ErrorKind, FinishReason, SampleError
 
@@ -279,7 +281,7 @@ def _find(
     else:
         precision = DEFAULT_PRECISION if precision == "auto" else precision
         device = resolve_device_for(device, precision)
-        plan = plan_compute(device, precision, deterministic, capabilities().fast_bf16)
+        plan = plan_compute(device, precision, deterministic, takes_torch_bf16())
         checkpoint = _load(path, plan, device, precision, deterministic)
         name = Path(path).resolve().name
     return checkpoint, plan, name, device
@@ -291,8 +293,10 @@ def _open_engine(
     record = read_engine(path)
     check_asked(path, record, precision, device)
     device = "cpu" if record.device == "cpu" else resolve_device_for(device, record.precision)
-    plan = plan_compute(device, record.precision, deterministic, capabilities().fast_bf16)
+    plan = plan_compute(device, record.precision, deterministic, takes_torch_bf16())
     check_engine(path, record, layout_of(plan))
+    if (cost := misfit(record)) is not None:
+        plan = replace(plan, summary=f"{plan.summary}, {cost}")
     return load_engine(path, record, device), plan
 
 
@@ -344,6 +348,8 @@ def size_engine(
         vision_batch=64 if device == "cuda" else 8,
         burst=8 if device == "cuda" else 1,
         group_prefixes=shares_images,
+        # Where a row's bits depend on the rows beside it, a drafted token could tip a close choice.
+        max_draft=MAX_DRAFT if plan.is_batch_invariant else 0,
     )
     budget = 0.4 * available_memory() / processes
     if device == "cuda":

@@ -27,7 +27,7 @@ from vila2.backends.trtllm_engine import EngineFolder, read_engine
 from vila2.backends.trtllm_llm import make_inputs, make_sampling, open_llm
 from vila2.backends.trtllm_vision import FeatureCache, VisionStage, read_config
 from vila2.config import RecaptionSettings
-from vila2.engine.repetition import find_loop, new_runs, update_runs
+from vila2.engine.repetition import advance_runs, new_runs
 from vila2.errors import CheckpointError, UsageError, VilaError
 from vila2.model.checkpoint import inspect_checkpoint
 from vila2.model.images import PreparedImage
@@ -306,8 +306,7 @@ def end_tokens(
             if any(end in text for end in sampling.stop):
                 return tuple(output), FinishReason.STOP
         if rule is not None and runs is not None:
-            update_runs(runs, output)
-            repeated = find_loop(runs, rule)
+            repeated = advance_runs(runs, output, rule)
             if repeated:
                 return tuple(output[: len(output) - repeated]), FinishReason.REPETITION
     return tuple(output), reason

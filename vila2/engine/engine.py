@@ -18,7 +18,7 @@ from vila2.engine.blocks import BlockPool
 from vila2.engine.cuda_graphs import DecodeBursts
 from vila2.engine.gpu_memory import CardPlan, is_out_of_memory
 from vila2.engine.overlap import Ahead
-from vila2.engine.repetition import find_loop, new_runs, update_runs
+from vila2.engine.repetition import advance_runs, new_runs
 from vila2.engine.runner import ModelRunner
 from vila2.engine.sampler import choose_tokens
 from vila2.engine.scheduler import Chunk, Scheduler, Step
@@ -432,8 +432,7 @@ class Engine:
             return self._finish(sequence, FinishReason.STOP, output)
         if sampling.repetition and sequence.loop_runs is not None:
             if repeated is None:
-                update_runs(sequence.loop_runs, output)
-                repeated = find_loop(sequence.loop_runs, sampling.repetition)
+                repeated = advance_runs(sequence.loop_runs, output, sampling.repetition)
             if repeated:
                 self.counters.loops_cut += 1
                 return self._finish(sequence, FinishReason.REPETITION, output[: len(output) - repeated])

@@ -1,7 +1,7 @@
 """Loops, found while decoding: how long has each period been repeating at the end of the output?
 
 `runs[p - 1]` counts the newest tokens that equal the one `p` before them, so one vector comparison a token
-replaces a search of the whole output.
+replaces a search of the whole output. `_C` makes that comparison where it is built, NumPy elsewhere.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from vila2.ops.native import native
 from vila2.types import RepetitionRule
+
+_HAS_FIND_LOOP = hasattr(native, "find_loop")  # not in a `_C` built before it was
 
 
 def new_runs(rule: RepetitionRule) -> NDArray[np.int32]:
@@ -35,6 +38,14 @@ def find_loop(runs: NDArray[np.int32], rule: RepetitionRule) -> int:
     needed = np.maximum(periods * (rule.min_repeats - 1), np.maximum(rule.min_tokens - periods, 1))
     loops = np.flatnonzero(runs >= needed)
     return int(runs[loops[0]]) if len(loops) else 0
+
+
+def advance_runs(runs: NDArray[np.int32], output: list[int], rule: RepetitionRule) -> int:
+    """`update_runs`, then `find_loop`: once a token of every sequence."""
+    if _HAS_FIND_LOOP:
+        return native.find_loop(runs, output, rule.min_repeats, rule.min_tokens)
+    update_runs(runs, output)
+    return find_loop(runs, rule)
 
 
 def find_loop_reference(output: Sequence[int], rule: RepetitionRule) -> int:

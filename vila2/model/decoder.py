@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vila2.ops.activations import silu_mul
+from vila2.ops.embedding import embed
 from vila2.ops.head import head_scores, head_top
 from vila2.ops.linear import Linear
 from vila2.ops.norms import add_rms_norm
@@ -156,7 +157,7 @@ class Decoder(nn.Module):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Embeddings of `token_ids` (T,), to (T, hidden), in the type of the norms' weights."""
-        return self.embed_tokens(token_ids).to(self.norm.weight.dtype)
+        return embed(token_ids, self.embed_tokens.weight, self.norm.weight.dtype)
 
     def forward(self, embeddings: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """Final-normed hidden states (T, hidden) of `embeddings` (T, hidden), which are left as they were.

@@ -45,9 +45,9 @@ class Fp8VisionLayer(VisionLayer):
         values, scales = layer_norm_quantize(x, norm.weight, norm.bias, norm.eps, FP8)
         return _product(values, scales, self.qkv, x.dtype)
 
-    def add_mlp(self, x: Tensor) -> Tensor:
-        """See `VisionLayer.add_mlp`."""
-        norm = self.norm2
+    def add_products(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """See `VisionLayer.add_products`."""
+        norm, x = self.norm2, x + self.out(mixed)
         values, scales = layer_norm_quantize(x, norm.weight, norm.bias, norm.eps, FP8)
         values, scales = gelu_quantize(_product(values, scales, self.fc1, x.dtype), self.activation, FP8)
         return x + _product(values, scales, self.fc2, x.dtype)

@@ -50,13 +50,9 @@ class ByteVisionLayer(VisionLayer):
         norm = self.norm1
         return layer_norm_byte_linear(x, norm.weight, norm.bias, norm.eps, _bytes(self.qkv))
 
-    def add_out(self, mixed: Tensor, x: Tensor) -> Tensor:
-        """See `VisionLayer.add_out`."""
-        return byte_linear(mixed, _bytes(self.out), "add", x)
-
-    def add_mlp(self, x: Tensor) -> Tensor:
-        """See `VisionLayer.add_mlp`."""
-        norm = self.norm2
+    def add_products(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """See `VisionLayer.add_products`."""
+        norm, x = self.norm2, byte_linear(mixed, _bytes(self.out), "add", x)
         inner = layer_norm_byte_linear(x, norm.weight, norm.bias, norm.eps, _bytes(self.fc1), self.activation)
         return byte_linear(inner, _bytes(self.fc2), "add", x)
 

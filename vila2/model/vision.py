@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from vila2.ops.activations import GELU_KINDS, gelu
 from vila2.ops.linear import Linear
-from vila2.ops.norms import layer_norm
+from vila2.ops.norms import add_layer_norm, layer_norm
 from vila2.ops.patches import image_patches, image_patches_reference
 
 KINDS = ("siglip", "clip")
@@ -106,6 +106,10 @@ class LayerNorm(nn.LayerNorm):
         """Normalise the last axis."""
         return layer_norm(input, self.weight, self.bias, self.eps)
 
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """`(norm(x + residual), x + residual)`; consumes `residual`."""
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
 
 class VisionLayer(nn.Module):
     """Pre-norm self-attention and MLP, each added to its input."""
@@ -127,8 +131,7 @@ class VisionLayer(nn.Module):
         qkv = self.norm_qkv(x).view(tiles, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (tiles, heads, tokens, dim)
         attended = functional.scaled_dot_product_attention(q, k, v)
-        x = self.add_out(attended.transpose(1, 2).reshape(tiles, tokens, width), x)
-        return self.add_mlp(x)
+        return self.add_products(attended.transpose(1, 2).reshape(tiles, tokens, width), x)
 
     # Where products take along what is beside them, a subclass has these otherwise.
 
@@ -136,13 +139,10 @@ class VisionLayer(nn.Module):
         """`qkv` of the normed input."""
         return self.qkv(self.norm1(x))
 
-    def add_out(self, mixed: Tensor, x: Tensor) -> Tensor:
-        """`x` plus the product after attention."""
-        return x + self.out(mixed)
-
-    def add_mlp(self, x: Tensor) -> Tensor:
-        """`x` plus the MLP of it, normed."""
-        return x + self.fc2(gelu(self.fc1(self.norm2(x)), self.activation))
+    def add_products(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """`x` plus the product after attention, and to that the MLP of it, normed."""
+        normed, x = self.norm2.of_sum(x, self.out(mixed))
+        return x + self.fc2(gelu(self.fc1(normed), self.activation))
 
 
 class VisionTower(nn.Module):

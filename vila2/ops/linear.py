@@ -63,7 +63,16 @@ def packed_from(
 
 def panel_layout(dtype: torch.dtype) -> str:
     """The name of the layout in which this machine packs weights stored as `dtype`."""
-    return f"{_STORAGE[dtype]}-panels-{native.panel_width()}"
+    layout = f"{_STORAGE[dtype]}-panels-{native.panel_width()}"
+    return layout + ("x2" if dtype == torch.bfloat16 and rounds_rows() else "")
+
+
+def rounds_rows() -> bool:
+    """Whether products with weights stored as bfloat16 round the rows to bfloat16 too: where the CPU multiplies those.
+
+    They do with `_C` on AVX512-BF16 alone; sums are float32 everywhere.
+    """
+    return native is not None and hasattr(native, "bf16_group") and native.bf16_group() == 2
 
 
 def linear(x: Tensor, weights: "PackedWeights") -> Tensor:

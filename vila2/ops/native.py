@@ -64,7 +64,7 @@ class Capabilities:
 
     @property
     def fast_bf16(self) -> bool:
-        """True if torch multiplies bfloat16 matrices in hardware, so that packing into float32 sums would lose."""
+        """True if torch multiplies bfloat16 matrices in hardware, so that products in float32 would lose."""
         return self.avx512_bf16 or self.amx_bf16
 
 

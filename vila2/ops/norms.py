@@ -10,6 +10,8 @@ from torch.nn import functional
 from vila2.ops.native import is_native, is_native_training, native
 from vila2.ops.triton import is_triton, wants_gradient
 
+_HAS_ADD_LAYER_NORM = hasattr(native, "add_layer_norm")  # not in a `_C` built before it was
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x * rsqrt(mean(x^2) + eps) * weight` over the last axis; rounds to `x.dtype` before the weight."""
@@ -76,6 +78,30 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
         return layer_norm_triton(x, weight, bias, eps)
     return layer_norm_reference(x, weight, bias, eps)
+
+
+def add_layer_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`summed = x + residual`; returns `(layer_norm(summed), summed)`."""
+    summed = x + residual
+    return layer_norm_reference(summed, weight, bias, eps), summed
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Add, then normalise: `(normed, summed)`, the bits of `x + residual` and of `layer_norm`.
+
+    Consumes `residual`: where no gradient is wanted, a fast path keeps `summed` in its storage.
+    """
+    if _HAS_ADD_LAYER_NORM and is_native(x, residual, weight, bias) and residual.is_contiguous():
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        native.add_layer_norm(x, residual, weight, bias, eps, y)
+        return y, residual
+    summed = x + residual
+    return layer_norm(summed, weight, bias, eps), summed
 
 
 class _AddRmsNorm(torch.autograd.Function):

@@ -53,8 +53,9 @@ def settings_of(
     """The settings of process `number`: its device, its rank among all, and its part of the cores."""
     count = len(devices)
     device = devices[number]
-    # Beside a GPU the cores decode; beside a model on the CPU, half of them do.
-    decoding = min(16, cores // count if device.kind == "cuda" else cores // (2 * count))
+    # Beside a GPU the cores decode; beside a model on the CPU, half of them do, or of `--threads`.
+    on_cpu = (settings.threads or cores) // (2 * count)
+    decoding = min(16, cores // count if device.kind == "cuda" else on_cpu)
     if device.kind == "cuda" and choose_decoder(settings.decoder, on_gpu=True) == "dali":
         decoding = default_decode_workers("dali")
     if settings.decode_workers is not None:

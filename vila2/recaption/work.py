@@ -180,9 +180,16 @@ def open_decoder(
 
 
 def decode_workers(settings: RecaptionSettings, captioner: Captioner) -> int:
-    """Threads that decode: as many as the settings say, else by what decodes."""
+    """Threads that decode: as many as the settings say, else by what decodes.
+
+    `--threads` says what a run may take of the machine, so beside a model on the CPU they go by it.
+    """
+    if settings.decode_workers is not None:
+        return settings.decode_workers
     on_gpu = bool(getattr(captioner, "is_on_gpu", False))
-    return settings.decode_workers or default_decode_workers(choose_decoder(settings.decoder, on_gpu=on_gpu))
+    if settings.threads is not None and not on_gpu:
+        return max(1, min(16, settings.threads // 2))
+    return default_decode_workers(choose_decoder(settings.decoder, on_gpu=on_gpu))
 
 
 def default_decode_workers(decoder: str) -> int:

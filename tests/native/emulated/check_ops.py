@@ -1,7 +1,7 @@
 """The whole op suite on the instruction sets that few machines have, emulated with AVX2: `make test-isas`.
 
-What runs is this project's code for AVX-512 and VNNI, compiled against `immintrin.h` beside this file. No emulation can
-show how fast it is, nor that a CPU's instructions do what Intel's guide says.
+What runs is this project's code for AVX-512, VNNI and BF16, compiled against `immintrin.h` beside this file. No
+emulation can show how fast it is, nor that a CPU's instructions do what Intel's guide says.
 """
 
 import os
@@ -19,10 +19,18 @@ ROOT = HERE.parents[2]
 
 # Sets differ by VNNI in products of bytes alone, which these two files test.
 BYTES = ("tests/unit/ops/test_quant.py", "tests/unit/ops/test_resize.py")
+# That with BF16 differs from that with VNNI in products of bfloat16.
+PRODUCTS = ("tests/unit/ops/test_linear.py", "tests/unit/ops/test_top.py", "tests/unit/ops/test_head.py")
 
 
 @pytest.mark.parametrize(
-    ("isa", "suite"), [("avx512_vnni", ("tests/unit/ops",)), ("avx512", BYTES), ("avx2_vnni", BYTES)]
+    ("isa", "suite"),
+    [
+        ("avx512_vnni", ("tests/unit/ops",)),
+        ("avx512_bf16", PRODUCTS),
+        ("avx512", BYTES),
+        ("avx2_vnni", BYTES),
+    ],
 )
 def test_ops_on_an_emulated_instruction_set(isa, suite):
     if not capabilities().avx2:

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW), AVX512-VNNI and AVX-VNNI on a CPU that has AVX2 alone, for `make test-isas`.
+// AVX-512 (F, BW), AVX512-VNNI, AVX-VNNI and AVX512-BF16 on a CPU that has AVX2 alone, for `make test-isas`.
 //
 // Stands before the compiler's own header of this name. It declares what the kernels use once more, in their
 // namespace, where it is found first: what has a counterpart in AVX2 is that, on each half; the rest is
@@ -13,6 +13,9 @@
 #define __AVX512VNNI__ 1
 #define __AVXVNNI__ 1
 #endif
+#if defined(VILA2_EMULATE_BF16)
+#define __AVX512BF16__ 1
+#endif
 
 // Only orders instructions, and names registers that are not there.
 #define asm(...) static_assert(true)
@@ -21,6 +24,7 @@ namespace vila2::cpu {
 
 typedef float __m512 __attribute__((vector_size(64)));
 typedef long long __m512i __attribute__((vector_size(64)));
+typedef short __m512bh __attribute__((vector_size(64)));
 typedef uint16_t __mmask16;
 
 template <typename To, typename From>
@@ -207,6 +211,26 @@ inline __m512i _mm512_dpwssd_epi32(__m512i sum, __m512i x, __m512i w) {
   auto sums = as<Lanes<uint32_t>>(sum);
   for (int i = 0; i < 32; ++i) sums.at[i / 2] += static_cast<uint32_t>(a.at[i] * b.at[i]);
   return as<__m512i>(sums);
+}
+
+// BF16: two products join a sum of float32, the upper one first, each addition rounded to the nearest, ties
+// to even, whatever the rounding mode. What is too small for a normal number is zero, before and after.
+
+inline float without_denormal(float x) {
+  return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0.f, x) : x;
+}
+inline float of_bf16(uint16_t bits) { return without_denormal(as<float>(static_cast<uint32_t>(bits) << 16)); }
+inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh x, __m512bh w) {
+  const auto a = as<Lanes<uint16_t>>(x), b = as<Lanes<uint16_t>>(w);
+  auto sums = as<Lanes<float>>(sum);
+  for (int i = 0; i < 16; ++i) {
+    for (int half = 1; half >= 0; --half) {
+      const float joined = __builtin_fmaf(of_bf16(a.at[2 * i + half]), of_bf16(b.at[2 * i + half]),
+                                          without_denormal(sums.at[i]));
+      sums.at[i] = without_denormal(joined);
+    }
+  }
+  return as<__m512>(sums);
 }
 
 }  // namespace vila2::cpu

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from tests.checkpoints import write_llava, write_nvila, write_vila15
-from vila2.backends import engine_build, samples
+from vila2.backends import compute, engine_build, engine_dir, samples
 from vila2.backends.api import load
 from vila2.backends.engine_build import Calibration, QualityError, build_engine
 from vila2.backends.engine_dir import ENGINE_FILE, WEIGHTS_FILE, read_engine
+from vila2.backends.native import open_checkpoint
 from vila2.errors import CheckpointError, OutputError, UsageError
 from vila2.evaluate.calibration import of_world
 from vila2.model.checkpoint import load_checkpoint
@@ -278,6 +279,57 @@ def test_an_engine_of_a_checkpoint_that_changed_is_stale(tmp_path):
         load(out)
     build_engine(source, out, "int8", threads=1)
     captions_of(out)
+
+
+@pytest.mark.parametrize(
+    ("built_on", "message"),
+    [
+        (True, "rounded for CPUs without VNNI, more coarsely than this one needs"),
+        (False, "rounded for CPUs with VNNI, which this one lacks: slower here"),
+    ],
+)
+def test_an_engine_of_another_kind_of_cpu_runs_and_says_what_it_costs(
+    checkpoint, tmp_path, monkeypatch, built_on, message
+):
+    out = tmp_path / "engine"
+    monkeypatch.setattr(compute, "wants_narrow", lambda: built_on)
+    monkeypatch.setattr(engine_build, "wants_narrow", lambda: built_on)
+    assert build_engine(checkpoint, out, "int8", threads=1, samples=0).is_narrow == built_on
+    expected = captions_of(out)
+    monkeypatch.setattr(engine_dir, "wants_narrow", lambda: built_on)
+    assert "rounded for" not in open_checkpoint(out, device="cpu", threads=1).description
+    monkeypatch.setattr(engine_dir, "wants_narrow", lambda: not built_on)
+    captioner = open_checkpoint(out, device="cpu", threads=1)
+    assert message in captioner.description
+    assert captions_of(out) == expected
+    # Built again, it is one of this machine's.
+    monkeypatch.setattr(compute, "wants_narrow", lambda: not built_on)
+    monkeypatch.setattr(engine_build, "wants_narrow", lambda: not built_on)
+    assert build_engine(checkpoint, out, "int8", threads=1, samples=0).is_narrow == (not built_on)
+    assert "rounded for" not in open_checkpoint(out, device="cpu", threads=1).description
+
+
+def test_wide_weights_that_are_called_narrow_are_refused(checkpoint, tmp_path, monkeypatch):
+    """Where sums of 16 bits are made of them they would saturate, and captions be wrong without a word."""
+    monkeypatch.setattr(compute, "wants_narrow", lambda: False)
+    out = tmp_path / "engine"
+    build_engine(checkpoint, out, "int8", threads=1, samples=0)
+    file = out / WEIGHTS_FILE
+    data = file.read_bytes()
+    wide, narrow = rb"\"is_narrow\": false", rb"\"is_narrow\": true "
+    assert wide in data
+    file.write_bytes(data.replace(wide, narrow))
+    with pytest.raises(CheckpointError, match=r"not a whole weight file.*is_narrow.*build it again"):
+        load(out)
+
+
+def test_an_older_record_knows_no_kind_of_cpu(checkpoint, tmp_path):
+    out = tmp_path / "engine"
+    build_engine(checkpoint, out, "int8", threads=1, samples=0)
+    values = json.loads((out / ENGINE_FILE).read_text())
+    del values["is_narrow"]
+    (out / ENGINE_FILE).write_text(json.dumps(values))
+    assert "rounded for" not in open_checkpoint(out, device="cpu", threads=1).description
 
 
 def test_broken_weights_are_refused(checkpoint, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vila2.engine.repetition import find_loop, find_loop_reference, new_runs, update_runs
+from vila2.engine.repetition import advance_runs, find_loop, find_loop_reference, new_runs, update_runs
 from vila2.engine.sampler import (
     best_tokens,
     choose_tokens,
@@ -36,12 +36,32 @@ from vila2.types import RepetitionRule, SamplingParams
 )
 def test_loops_are_found_as_the_definition_finds_them(tokens, max_period, min_repeats, min_tokens):
     rule = RepetitionRule(max_period, min_repeats, min_tokens)
-    runs = new_runs(rule)
+    runs, advanced = new_runs(rule), new_runs(rule)
     output: list[int] = []
     for token in tokens:
         output.append(token)
         update_runs(runs, output)
-        assert find_loop(runs, rule) == find_loop_reference(output, rule)
+        expected = find_loop_reference(output, rule)
+        assert find_loop(runs, rule) == expected
+        assert advance_runs(advanced, output, rule) == expected
+        assert (advanced == runs).all()
+
+
+@pytest.mark.skipif(not hasattr(native, "find_loop"), reason="vila2._C is not built")
+def test_wrong_calls_of_the_loop_search_are_refused():
+    runs = new_runs(RepetitionRule(8, 3, 6))
+    assert native is not None
+    for wrong in (runs.astype("int64"), runs[::2], runs.reshape(2, 4)):
+        with pytest.raises(ValueError, match="runs"):
+            native.find_loop(wrong, [1, 2], 3, 6)
+    for tokens in ([], [-1], [1, 2**31]):
+        with pytest.raises(ValueError, match="tokens"):
+            native.find_loop(runs, tokens, 3, 6)
+    with pytest.raises(TypeError):
+        native.find_loop(runs, ["a"], 3, 6)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="positive"):
+        native.find_loop(runs, [1], 0, 6)
+    assert not runs.any()
 
 
 def test_a_cut_loop_keeps_its_first_pass():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vila2.ops.linear import Linear, linear, linear_reference, pack, pack_linears
+from vila2.ops.linear import Linear, linear, linear_reference, pack, pack_linears, packed_parts, rounds_rows
 from vila2.ops.native import native
 from vila2.ops.threads import set_threads
 
@@ -20,6 +20,16 @@ def weights(columns: int, depth: int, seed: int = 0) -> tuple[torch.Tensor, torc
     return torch.randn(columns, depth, generator=rng) / depth**0.5, torch.randn(columns, generator=rng)
 
 
+def reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, storage: torch.dtype
+) -> torch.Tensor:
+    """In float64, of what the product takes: weights as stored, rows rounded where weights of bfloat16 want that."""
+    if storage == torch.bfloat16 and rounds_rows():
+        x = x.bfloat16()
+    wide = linear_reference(x.double(), weight.to(storage).double(), None if bias is None else bias.double())
+    return wide.float()
+
+
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(
@@ -29,9 +39,7 @@ def weights(columns: int, depth: int, seed: int = 0) -> tuple[torch.Tensor, torc
 def test_linear_equals_its_reference(rows, columns, depth, with_bias, storage):
     weight, bias = weights(columns, depth)
     x = torch.randn(rows, depth, generator=torch.Generator().manual_seed(rows))
-    expected = linear_reference(
-        x.double(), weight.to(storage).double(), bias.double() if with_bias else None
-    ).float()
+    expected = reference(x, weight, bias if with_bias else None, storage)
     y = linear(x, pack(weight, bias if with_bias else None, storage))
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=2e-5)
 
@@ -54,13 +62,43 @@ def test_a_row_depends_only_on_itself(columns, storage):
         set_threads(1)
 
 
+@pytest.mark.parametrize("depth", [5000, 50001])
+@pytest.mark.parametrize("rows", [1, 2, 3, 12, 13, 200])
+def test_depths_of_many_blocks(rows, depth):
+    """What a kernel holds of a row at once ends here and there; the number of rows must not decide what comes out."""
+    packed = pack(*weights(70, depth), torch.bfloat16)
+    x = torch.randn(rows, depth, generator=torch.Generator().manual_seed(rows))
+    y = linear(x, packed)
+    torch.testing.assert_close(y, reference(x, *weights(70, depth), torch.bfloat16), rtol=1e-3, atol=1e-4)
+    assert torch.equal(linear(x[-1:], packed), y[-1:])
+
+
+@pytest.mark.skipif(not rounds_rows(), reason="bfloat16 lies in pairs on AVX512-BF16 alone")
+def test_pairs_of_bfloat16_lie_side_by_side():
+    weight = torch.arange(33 * 3).view(33, 3).float()
+    panels, _ = packed_parts(pack(weight, None, torch.bfloat16))
+    pairs = panels.view(torch.bfloat16).view(2, 2, 32, 2).float()  # (panel, depth / 2, column, pair)
+    whole = pairs.permute(0, 2, 1, 3).reshape(64, 4)
+    assert torch.equal(whole[:33, :3], weight)
+    assert not whole[33:].any()
+    assert not whole[:, 3].any()
+
+
+@pytest.mark.skipif(not rounds_rows(), reason="bfloat16 counts denormals as zero on AVX512-BF16 alone")
+def test_what_is_no_normal_number_counts_as_zero():
+    packed = pack(torch.full((5, 2), 1e-39), None, torch.bfloat16)
+    assert not linear(torch.full((3, 2), 1e30), packed).any()
+    packed = pack(torch.full((5, 2), 1e-20), torch.full((5,), 1e-40), torch.bfloat16)
+    assert not linear(torch.full((3, 2), 1e-20), packed).any()
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 80), st.integers(1, 80), st.integers(1, 700), st.sampled_from(STORAGE))
 def test_any_shape(rows, columns, depth, storage):
     weight, bias = weights(columns, depth, seed=rows)
     x = torch.randn(rows, depth, generator=torch.Generator().manual_seed(depth))
     y = linear(x, pack(weight, bias, storage))
-    expected = linear_reference(x.double(), weight.to(storage).double(), bias.double()).float()
+    expected = reference(x, weight, bias, storage)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=2e-5)
 
 

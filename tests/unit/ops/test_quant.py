@@ -20,6 +20,7 @@ from vila2.ops.quant import (
     byte_linear_reference,
     gated_order,
     is_narrow,
+    load_packed_bytes,
     pack_bytes,
     quantize_rows_reference,
     quantize_weight,
@@ -145,6 +146,33 @@ def test_the_largest_numbers_are_summed_exactly(depth, sign):
             exact = (bytes_.long() - zeros.long()[:, None]) @ values.long().T
             y = byte_linear(x, weights)
             assert torch.equal(y, exact.float() * scales[:, None]), (weight, row[:4])
+
+
+def load_as_narrow(weights: PackedBytes) -> PackedBytes:
+    parts = weights.panels, weights.scales, weights.sums, weights.bias, weights.columns, weights.depth
+    return load_packed_bytes(*parts, is_narrow=True, is_gated=False, turn=1)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("pair", "past"),
+    [((127, 1), (127, 2)), ((64, 64), (65, 64)), ((-127, -1), (-2, -127)), ((-128, 127), (-128, -1))],
+)
+@pytest.mark.parametrize("place", [0, 1, -1])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_weights_that_are_called_narrow_are_looked_at(pair, past, place, threads):
+    """One pair at its limit, one past it, anywhere in more weights than a thread looks at in one go."""
+    values = torch.randint(-64, 65, (160, 4096), dtype=torch.int8)
+    values.view(160, -1, 2)[place, place] = torch.tensor(pair)
+    try:
+        set_threads(threads)
+        assert load_as_narrow(pack_bytes(QuantizedWeight(values, torch.ones(160)))).is_narrow
+        values.view(160, -1, 2)[place, place] = torch.tensor(past)
+        assert not is_narrow(values)
+        with pytest.raises(ValueError, match="is_narrow: expected weights whose pairs keep 128"):
+            load_as_narrow(pack_bytes(QuantizedWeight(values, torch.ones(160))))
+    finally:
+        set_threads(1)
 
 
 @needs_native

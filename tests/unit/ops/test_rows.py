@@ -9,6 +9,8 @@ from vila2.ops import capabilities
 from vila2.ops.activations import GELU_KINDS, gelu, gelu_reference, silu_mul, silu_mul_reference
 from vila2.ops.native import native
 from vila2.ops.norms import (
+    add_layer_norm,
+    add_layer_norm_reference,
     add_rms_norm,
     add_rms_norm_reference,
     layer_norm,
@@ -42,6 +44,20 @@ def test_norms_equal_their_references(shape, dtype):
     normed, summed = add_rms_norm(x, residual.clone(), weight, 1e-5)
     close(normed, expected[0])
     assert torch.equal(summed, expected[1])
+    expected = add_layer_norm_reference(x, residual, weight, bias, 1e-5)
+    normed, summed = add_layer_norm(x, residual.clone(), weight, bias, 1e-5)
+    close(normed, expected[0])
+    assert torch.equal(summed, expected[1])
+    assert torch.equal(normed, layer_norm(expected[1], weight, bias, 1e-5))  # the fusion changes no bit
+
+
+def test_a_strided_sum_is_normed_too():
+    x, residual = torch.randn(6, 40), torch.randn(40, 6).t()
+    weight, bias = torch.randn(40), torch.randn(40)
+    kept = residual.clone()
+    normed, summed = add_layer_norm(x, residual, weight, bias, 1e-6)
+    assert torch.equal(summed, x + kept)
+    close(normed, layer_norm_reference(x + kept, weight, bias, 1e-6))
 
 
 def test_layer_norm_far_from_zero():
@@ -104,6 +120,7 @@ def test_gradients_flow_through_the_references():
     x = torch.randn(2, 8, requires_grad=True)
     weight = torch.ones(8, requires_grad=True)
     normed, summed = add_rms_norm(rms_norm(x, weight, 1e-6), x, weight, 1e-6)
+    normed = add_layer_norm(normed, x, weight, weight, 1e-6)[0]
     total = (
         silu_mul(normed).sum() + gelu(summed, "quick_gelu").sum() + layer_norm(x, weight, weight, 1e-6).sum()
     )

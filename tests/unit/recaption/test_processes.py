@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from vila2.recaption.joined import Life, join_progress
 from vila2.recaption.pipeline import run
 from vila2.recaption.processes import Notice, run_on_devices
 from vila2.recaption.stats import Progress, RunSummary
-from vila2.recaption.work import cut_share, share_of
+from vila2.recaption.work import cut_share, decode_workers, share_of
 from vila2.types import Status
 
 __all__ = ["photos"]  # a fixture
@@ -275,6 +276,35 @@ def test_what_a_process_is_given_of_the_machine(photos: Path) -> None:
     gpus = list_devices("all", lambda: 8)
     on_gpu = settings_of(make(photos).model_copy(update={"decode_workers": None}), 0, gpus, 64)
     assert (on_gpu.threads, on_gpu.decode_workers, on_gpu.device) == (8, 8, "cuda")
+
+
+@pytest.mark.parametrize("cores", [1, 2, 5, 16, 96])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("threads", [None, 1, 6])
+def test_processes_on_one_host_divide_its_cores(
+    photos: Path, cores: int, count: int, threads: int | None
+) -> None:
+    """Of models no more threads than cores or `--threads`, and half as many that decode; but each has one."""
+    settings = make(photos, threads=threads, devices=f"cpu:{count}").model_copy(
+        update={"decode_workers": None}
+    )
+    given = list_devices(f"cpu:{count}", lambda: 0)
+    each = [settings_of(settings, number, given, cores) for number in range(count)]
+    assert sum(mine.threads or 0 for mine in each) <= max(threads or cores, count)
+    assert sum(mine.decode_workers or 0 for mine in each) <= max((threads or cores) // 2, count)
+    assert all(mine.threads and mine.decode_workers for mine in each)
+
+
+def test_decode_threads_go_by_threads_beside_a_model_on_the_cpu(photos: Path) -> None:
+    plain = make(photos).model_copy(update={"decode_workers": None})
+    on_cpu, on_gpu = SimpleNamespace(is_on_gpu=False), SimpleNamespace(is_on_gpu=True)
+
+    def workers(where: object, **change: int) -> int:
+        return decode_workers(plain.model_copy(update=change), where)  # type: ignore[arg-type]
+
+    assert [workers(on_cpu, threads=count) for count in (1, 2, 3, 8, 100)] == [1, 1, 1, 4, 16]
+    assert workers(on_cpu, threads=1, decode_workers=5) == 5
+    assert workers(on_gpu, threads=1) == workers(on_cpu) >= 2
 
 
 @pytest.mark.parametrize("spec", ["", "gpu", "cpu", "cpu:0", "1,", "1,1", "0-3"])
