@@ -56,13 +56,20 @@ def examine() -> dict[str, dict[str, Any]]:
     )}  # fmt: skip
 
 
+def _takes_torch(extension: dict[str, Any]) -> bool:
+    """`vila2.backends.compute.takes_torch_bf16`, without importing torch."""
+    features = extension["features"]
+    own = extension["isa"] == "avx512_bf16"
+    return bool(features.get("amx_bf16") or (features.get("avx512_bf16") and not own))
+
+
 def _uses(extension: dict[str, Any], has_gpu: bool) -> dict[str, str]:
     """What a `recaption` here would run on. Says only what this version does."""
     if has_gpu:
         model = "bf16 through torch on the GPU"
     elif extension["isa"] is None:
         model = "torch on the CPU: vila2._C is not built (pip install . builds it)"
-    elif extension["features"].get("avx512_bf16") or extension["features"].get("amx_bf16"):
+    elif _takes_torch(extension):
         model = "bf16 products of this CPU through torch; --deterministic: vila2._C"
     else:
         model = f"bf16 weights with float32 sums through vila2._C ({extension['isa']})"
