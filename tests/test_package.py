@@ -93,9 +93,11 @@ def test_links_lead_somewhere(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=document_id)
 def test_files_and_targets_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(
+        re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     named = set(
-        re.findall(r"\bmake ([a-z-]+)\b", " ".join([*code_blocks(text), *re.findall(r"`[^`\n]+`", text)]))
+        re.findall(r"\bmake ([a-z0-9-]+)\b", " ".join([*code_blocks(text), *re.findall(r"`[^`\n]+`", text)]))
     )
     assert named <= targets, f"{path.name} names make targets that do not exist: {sorted(named - targets)}"
     for name in re.findall(r"`((?:vila2|bench|tests|csrc|kernels|recipes|examples)/[\w./-]*\w)`", text):
