@@ -9,8 +9,7 @@ A peer that cannot be built, loaded or run has its reason in its row, and the ot
 """
 
 import argparse
-import time
-from collections.abc import Callable
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +19,9 @@ from typing import Any
 import torch
 from common import append_row, facts, installed
 from peers.environments import CACHE, ENVIRONMENTS, BuildError, Environment, last_error
-from torch.nn import functional
 from workers import Worker
 
-from vila2.ops.quant import byte_linear, pack_bytes, quantize_weight
+from vila2.train.flops import best_time, product_ceiling
 
 SCRIPTS = Path(__file__).parent / "peers"
 GFLOP_AN_IMAGE = 100  # of llava-small: 34 vision, 49 prefill, 17 decode
@@ -126,43 +124,14 @@ def contenders() -> list[Contender]:
     ]
 
 
-def rate(call: Callable[[], object], work: float, seconds: float) -> float:
-    """Work a second, by the fastest of the calls that fit into `seconds`."""
-    call()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return work / best
-
-
-def ceilings(seconds: float = 0.5) -> dict[str, float]:
-    """What the machine's products reach, in GFLOP/s (of bytes: GOP/s), and a copy, in GB/s.
-
-    Where a type has no instructions of its own, torch's product of it is slower than float32's, which then counts.
-    Bytes: the faster of oneDNN's product and our own, so that ours is not measured by a weaker one.
-    """
-    n = 1024
-    floats = torch.randn(n, n)
-    halves, integers = floats.bfloat16(), floats.mul(30).clamp(-127, 127).to(torch.int8)
+def ceilings() -> dict[str, float]:
+    """What the machine's products reach, in GFLOP/s (of bytes: GOP/s), and a copy, in GB/s."""
+    threads = len(os.sched_getaffinity(0))
+    types = {"float32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+    found = {name: product_ceiling(dtype, threads) / 1e9 for name, dtype in types.items()}
+    found = {name: max(value, found["float32"]) for name, value in found.items()}  # measured anew for each
     large, target = torch.empty(1 << 26), torch.empty(1 << 26)
-    work = 2 * n**3 / 1e9
-    single = rate(lambda: floats @ floats.T, work, seconds)
-    return {
-        "float32": single,
-        "bf16": max(single, rate(lambda: functional.linear(halves, halves), work, seconds)),
-        "int8": max(
-            single, *(rate(product, work, seconds / 2) for product in byte_products(floats, integers))
-        ),
-        "copy": rate(lambda: target.copy_(large), 2 * large.nbytes / 1e9, seconds),
-    }
-
-
-def byte_products(floats: torch.Tensor, integers: torch.Tensor) -> list[Callable[[], object]]:
-    """The products of bytes that this machine has, on square matrices."""
-    packed = pack_bytes(quantize_weight(floats, narrow=True))
-    return [lambda: byte_linear(floats, packed), lambda: torch._int_mm(integers, integers)]
+    return found | {"copy": 2 * large.nbytes / 1e9 / best_time(lambda: target.copy_(large), "cpu", 0.5)}
 
 
 def cpu_flags() -> str:

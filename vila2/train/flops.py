@@ -173,7 +173,7 @@ def _byte_ceiling(threads: int, side: int = 1024) -> float:
         integers = floats.mul(30).clamp(-127, 127).to(torch.int8)
         packed = pack_bytes(quantize_weight(floats, narrow=True))
         products = (lambda: byte_linear(floats, packed), lambda: torch._int_mm(integers, integers))
-        return max(2.0 * side**3 / _best_time(product, "cpu", 0.5) for product in products)
+        return max(2.0 * side**3 / best_time(product, "cpu", 0.5) for product in products)
     finally:
         set_threads(before)
 
@@ -181,11 +181,11 @@ def _byte_ceiling(threads: int, side: int = 1024) -> float:
 def _product_rate(side: int, dtype: torch.dtype, device: str, seconds: float) -> float:
     a, b = (torch.randn(side, side).to(device, dtype) for _ in range(2))
     out = torch.mm(a, b)
-    return 2.0 * side**3 / _best_time(lambda: torch.mm(a, b, out=out), device, seconds)
+    return 2.0 * side**3 / best_time(lambda: torch.mm(a, b, out=out), device, seconds)
 
 
-def _best_time(call: Callable[[], object], device: str, seconds: float) -> float:
-    """Of the calls that fit into `seconds`, and of one at least."""
+def best_time(call: Callable[[], object], device: str, seconds: float) -> float:
+    """Seconds of the fastest of the calls that fit into `seconds`, and of one at least."""
     best, spent = float("inf"), 0.0
     while spent < seconds or best == float("inf"):
         start = time.perf_counter()
